@@ -1,0 +1,173 @@
+"""What a PrefixVLM is: the shapes of its three parts and the attention mask that joins them.
+
+This file travels to the Hub with every checkpoint, so it imports only transformers.
+"""
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig
+
+ATTENTION_MODES = ("causal", "prefix", "prefix_all_images", "bidirectional")
+
+IMAGE_TOKEN = "<|image_pad|>"
+TURN_START_TOKEN = "<|im_start|>"
+TURN_END_TOKEN = "<|im_end|>"
+
+# the row of Qwen2.5's own "<|image_pad|>", which the language model never saw in text
+QWEN_IMAGE_TOKEN_ID = 151655
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_prefix_vlm.PrefixVLMConfig",
+    "AutoModel": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
+    "AutoModelForVision2Seq": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
+    "AutoProcessor": "processing_prefix_vlm.PrefixVLMProcessor",
+}
+
+PAPER_VISION = {  # Table IIb, SigLIP so400m
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+PAPER_TEXT = {  # Table IIa, Qwen2.5-0.5B
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+PRESETS = {
+    # Table IV counts 18 M parameters in the projector; a hidden layer of 8960 is the width that gives it
+    "paper": {"projector_hidden_size": 8960},
+    "tiny": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        "text_config": {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+        },
+        "image_token_id": 1,
+    },
+}
+
+
+def needs_rope_theta() -> bool:
+    """transformers 4.x reads `rope_theta` and `rope_scaling`; 5.x replaced both by `rope_parameters`."""
+    return not hasattr(Qwen2Config(), "rope_parameters")
+
+
+def _readable_text_config(values: dict) -> dict:
+    """A text configuration saved by transformers 5 as 4.x reads it: otherwise 4.x silently falls back to theta 10,000."""
+    rope = values.get("rope_parameters")
+    if rope is None or not needs_rope_theta():
+        return values
+    values = {key: value for key, value in values.items() if key != "rope_parameters"}
+    rope = dict(rope)
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope.pop("rope_theta")
+    values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return values
+
+
+def _sub_config(values, default_class, defaults):
+    if isinstance(values, PretrainedConfig):
+        return values
+    if values is None:
+        return default_class(**defaults)
+    values = dict(values)
+    model_type = values.pop("model_type", default_class.model_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no model of type {model_type!r}; the backbones must be its own classes.")
+    return CONFIG_MAPPING[model_type](**values)
+
+
+class PrefixVLMConfig(PretrainedConfig):
+    """Configuration of a vision encoder, a two-layer projector and a decoder language model.
+
+    The defaults are the paper's pair, SigLIP so400m/14 at 224 pixels and Qwen2.5-0.5B (arXiv 2503.19508, Table II).
+
+    Args:
+        vision_config: a transformers vision configuration or its fields; `model_type` chooses the class
+            (default `siglip_vision_model`).
+        text_config: a transformers decoder configuration or its fields (default `qwen2`).
+        attention_mode: who sees whom, one of `causal`, `prefix` (Fig. 3b, 6b), `prefix_all_images` (Fig. 6a) and
+            `bidirectional` (Fig. 3a, stage 0).
+        projector_hidden_size: width between the projector's two layers; `None` takes the text width.
+        projector_hidden_act: activation between them.
+        image_token_id: the token that stands for one image feature in `input_ids`.
+        tie_word_embeddings: whether the language head shares its weights with the embeddings; `None` asks `text_config`.
+
+    Raises:
+        ValueError: for an unknown attention mode or backbone type.
+    """
+
+    model_type = "prefix_vlm"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        attention_mode="prefix",
+        projector_hidden_size=None,
+        projector_hidden_act="gelu",
+        image_token_id=QWEN_IMAGE_TOKEN_ID,
+        tie_word_embeddings=None,
+        **kwargs,
+    ):
+        if attention_mode not in ATTENTION_MODES:
+            raise ValueError(f"attention_mode is {attention_mode!r}; choose one of {', '.join(ATTENTION_MODES)}.")
+        # sub-configurations first: the base class hands settings such as attn_implementation down to them
+        if isinstance(text_config, dict):
+            text_config = _readable_text_config(text_config)
+        self.vision_config = _sub_config(vision_config, SiglipVisionConfig, PAPER_VISION)
+        if self.vision_config.model_type == "siglip_vision_model":
+            self.vision_config.vision_use_head = False  # patch features only, no pooling head
+        self.text_config = _sub_config(text_config, Qwen2Config, PAPER_TEXT)
+        self.attention_mode = attention_mode
+        self.projector_hidden_size = projector_hidden_size
+        self.projector_hidden_act = projector_hidden_act
+        self.image_token_id = image_token_id
+        if tie_word_embeddings is None:
+            tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.text_config.tie_word_embeddings = tie_word_embeddings
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "PrefixVLMConfig":
+        """The configuration called `name`: `paper` (0.9 billion parameters) or `tiny` (for tests)."""
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def num_image_tokens(self) -> int:
+        """P, how many tokens one image takes in the sequence: one a patch (256 for 224 pixels and patches of 14)."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+
+__all__ = ["PrefixVLMConfig"]

@@ -1,0 +1,82 @@
+"""Who may see whom: the one rule behind every attention mask.
+
+Shapes: B batch, T tokens, Q query positions, K key positions, P image tokens.
+"""
+
+import torch
+
+
+def image_index(is_image: torch.Tensor, num_image_tokens: int) -> torch.Tensor:
+    """The number, from 1, of the image each position belongs to; 0 for text.
+
+    Images are told apart by counting, since two images may stand side by side.
+
+    Args:
+        is_image: (B, T) bool.
+        num_image_tokens: P, positions one image takes.
+    """
+    count = is_image.long().cumsum(dim=-1)
+    return torch.where(is_image, (count - 1) // num_image_tokens + 1, 0)
+
+
+def attention_mask_4d(
+    valid: torch.Tensor,
+    image_ids: torch.Tensor,
+    mode: str,
+    query_start: int = 0,
+    query_length: int | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The mask of all modes, True where a query may attend to a key (arXiv 2503.19508, Fig. 3 and 6).
+
+    With one image of two tokens before three words (rows ask, columns answer):
+
+        causal      prefix      prefix_all_images   bidirectional
+        x . . . .   x x . . .   as prefix; with a   x x x x x
+        x x . . .   x x . . .   second image all    x x x x x
+        x x x . .   x x x . .   rows see it too,    x x x x x
+        x x x x .   x x x x .   even the earlier    x x x x x
+        x x x x x   x x x x x   ones                x x x x x
+
+    Padding is taken away after the image is opened, so no mode can bring it back. A padding query sees itself alone,
+    which keeps its softmax finite; nobody reads the result.
+
+    Args:
+        valid: (B, K) bool, False at padding and at cache slots not filled yet.
+        image_ids: (B, K), what `image_index` returns.
+        mode: `causal`, `prefix`, `prefix_all_images` or `bidirectional`.
+        query_start: the key position of the first query, which is the length of the past.
+        query_length: Q; `None` for all positions from `query_start` on.
+        document_ids: (B, K), equal for the positions of one packed sample; `None` for one sample a row.
+
+    Returns:
+        (B, 1, Q, K) bool.
+    """
+    k = torch.arange(valid.shape[-1], device=valid.device)
+    queries = slice(query_start, None if query_length is None else query_start + query_length)
+    q = k[queries]
+    itself = k == q[:, None]
+    image_q, image_k = image_ids[:, queries, None], image_ids[:, None, :]
+    causal = k <= q[:, None]
+    if mode == "causal":
+        allowed = causal[None]
+    elif mode == "prefix":
+        allowed = causal | ((image_q == image_k) & (image_q > 0))
+    elif mode == "prefix_all_images":
+        allowed = causal | (image_k > 0)
+    elif mode == "bidirectional":
+        allowed = torch.ones_like(causal)[None]
+    else:
+        raise ValueError(f"There is no attention mode {mode!r}.")
+    if document_ids is not None:
+        allowed = allowed & (document_ids[:, queries, None] == document_ids[:, None, :])
+    allowed = (allowed & valid[:, None, :]) | (itself & ~valid[:, queries, None])
+    return allowed[:, None]
+
+
+def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same mask as numbers to add to attention scores: 0 where allowed, the most negative number elsewhere.
+
+    Eager attention needs this form; a bool mask it would add as 0 and 1.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,519 @@
+"""The network: a vision encoder, a two-layer projector, a decoder language model, and the mask that joins them.
+
+This file travels to the Hub with every checkpoint, so it imports only torch, transformers and its own siblings.
+
+Shapes: B batch, T tokens, K keys (past and present), P image tokens, I images in the batch, N supervised tokens,
+D width of the language model, V vocabulary.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from ..configuration.configuration_prefix_vlm import (
+    IMAGE_TOKEN,
+    QWEN_IMAGE_TOKEN_ID,
+    TURN_END_TOKEN,
+    TURN_START_TOKEN,
+    PrefixVLMConfig,
+)
+from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class PrefixVLMModelOutputWithPast(ModelOutput):
+    """Output of `PrefixVLMModel`.
+
+    last_hidden_state: (B, T, D), after the language model's final norm.
+    past_key_values: the cache, when one is used.
+    hidden_states, attentions: of the language model, when asked for.
+    image_hidden_states: (I, P, D), the projected image features.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class PrefixVLMCausalLMOutputWithPast(ModelOutput):
+    """Output of `PrefixVLMForConditionalGeneration`.
+
+    loss: scalar, next-token cross-entropy (paper, Eq. 1), when labels are given.
+    logits: (B, T, V) or fewer positions by `logits_to_keep`; `None` with `skip_logits`.
+    token_losses: (N,), the detached loss of each supervised token, row by row.
+    The rest as in `PrefixVLMModelOutputWithPast`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class PrefixVLMProjector(nn.Module):
+    """Linear - activation - Linear, from the width of the vision encoder to that of the language model (Fig. 2)."""
+
+    def __init__(self, config: PrefixVLMConfig):
+        super().__init__()
+        text_width = config.text_config.hidden_size
+        hidden_width = config.projector_hidden_size or text_width
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_width)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden_width, text_width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class PrefixVLMVisionTower(nn.Module):
+    """Holds a vision model whose class has no `vision_model` level of its own.
+
+    transformers 5 removed that level from SigLIP and CLIP; with it, weights have the same names on 4.x and 5.x.
+    """
+
+    def __init__(self, vision_model: PreTrainedModel):
+        super().__init__()
+        self.vision_model = vision_model
+
+    def forward(self, **kwargs):
+        return self.vision_model(**kwargs)
+
+
+def _nest(vision_model: PreTrainedModel) -> nn.Module:
+    return vision_model if hasattr(vision_model, "vision_model") else PrefixVLMVisionTower(vision_model)
+
+
+class PrefixVLMPreTrainedModel(PreTrainedModel):
+    config_class = PrefixVLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = False  # its kernels drop a dense mask without a word
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True  # 4.x asks this before it allows a static cache
+
+    def _init_weights(self, module):
+        # only the projector reaches this: the two backbones initialise themselves
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.text_config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+        """Writes a complete Hub repository: weights, configuration, and the code that loads them without this package."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and not __name__.startswith("transformers_modules"):
+            # as remote code, transformers itself copies the files beside this one
+            importlib.import_module("..configuration.hub_export", __package__).export(self, save_directory)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"))
+
+
+class PrefixVLMModel(PrefixVLMPreTrainedModel):
+    """Image and text to hidden states: the model without its language head in use.
+
+    The weights live here under `vision_tower`, `projector` and `language_model`, so that this class and
+    `PrefixVLMForConditionalGeneration` read the same checkpoints.
+    """
+
+    def __init__(self, config: PrefixVLMConfig, vision_model=None, language_model=None):
+        super().__init__(config)
+        if vision_model is None:
+            vision_model = AutoModel.from_config(config.vision_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_tower = _nest(vision_model)
+        self.projector = PrefixVLMProjector(config)
+        self.language_model = language_model
+        parts = (vision_model, language_model)
+        self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self):
+        return self.language_model.get_decoder()
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (I, C, H, W) to projected features (I, P, D)."""
+        pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is welcome too
+        pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
+        features = self.vision_tower(pixel_values=pixel_values, return_dict=True).last_hidden_state
+        # encoders of the CLIP kind put a class token before the patches
+        return self.projector(features[:, -self.config.num_image_tokens :])
+
+    def _update_causal_mask(self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None):
+        """The 4D mask of this forward pass, in the form the attention implementation reads.
+
+        Args:
+            attention_mask: (B, K), 0 at padding; `None` where nothing is padded.
+            is_image: (B, T) bool, where this pass holds image features. What lies in the cache needs no marking: all of
+                it comes before every query, where all modes agree.
+            inputs_embeds: (B, T, ...), read for its shape and dtype only.
+            past_key_values: the cache; its size decides K.
+            document_ids: (B, T), the packed sample of each position.
+
+        Returns:
+            (B, 1, T, K), bool for `sdpa`, 0 and the most negative number for `eager`.
+        """
+        batch, length = inputs_embeds.shape[:2]
+        device = is_image.device
+        past, capacity = _cache_lengths(past_key_values, length)
+        valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        if attention_mask is None:
+            valid[:, : past + length] = True
+        else:
+            valid[:, : past + length] = attention_mask[:, : past + length].bool()
+        image_ids = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+        image_ids[:, past : past + length] = image_index(is_image, self.config.num_image_tokens)
+        mask = attention_mask_4d(
+            valid, image_ids, self.config.attention_mode, query_start=past, query_length=length, document_ids=document_ids
+        )
+        if self.language_model.config._attn_implementation == "eager":
+            return as_additive(mask, inputs_embeds.dtype)
+        return mask
+
+    def _embed(self, input_ids, inputs_embeds, pixel_values, token_type_ids):
+        """Text embeddings with the image features in their places, those places, and the features."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        embedding = self.get_input_embeddings()
+        if token_type_ids is not None:
+            is_image = token_type_ids.bool()
+        elif input_ids is not None:
+            is_image = input_ids == self.config.image_token_id
+        else:
+            placeholder = embedding(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+            is_image = (inputs_embeds == placeholder).all(dim=-1)
+        if inputs_embeds is None:
+            inputs_embeds = embedding(input_ids)
+        image_hidden_states = None
+        if pixel_values is not None:
+            image_hidden_states = self.get_image_features(pixel_values).to(inputs_embeds.dtype)
+            wanted, given = int(is_image.sum()), image_hidden_states.shape[0] * image_hidden_states.shape[1]
+            if wanted != given:
+                raise ValueError(
+                    f"The text has {wanted} image tokens, but {image_hidden_states.shape[0]} image(s) of "
+                    f"{image_hidden_states.shape[1]} features fill {given}; let the processor place the image tokens."
+                )
+            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_hidden_states)
+        return inputs_embeds, is_image, image_hidden_states
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> PrefixVLMModelOutputWithPast:
+        """Runs vision encoder, projector and language model.
+
+        Args:
+            input_ids: (B, T), with P times `config.image_token_id` where each image stands.
+            pixel_values: (I, C, H, W), the images in reading order.
+            attention_mask: (B, K), 0 at padding, on either side; or a ready 4D mask, used as it is.
+            position_ids: (B, T); by default counted from the first token that is no padding, anew in each document.
+            token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already holds image features.
+            document_ids: (B, T), which packed sample each position belongs to; documents do not see each other.
+
+        Raises:
+            ValueError: if image tokens and image features differ in number, or a bidirectional model is to use a cache.
+        """
+        if self.config.attention_mode == "bidirectional":
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "A bidirectional (stage 0) model cannot use a cache, since early tokens see later ones; pass "
+                    "use_cache=False, or set config.attention_mode = 'prefix'."
+                )
+            use_cache = False
+        inputs_embeds, is_image, image_hidden_states = self._embed(input_ids, inputs_embeds, pixel_values, token_type_ids)
+
+        length = inputs_embeds.shape[1]
+        past, _ = _cache_lengths(past_key_values, length)
+        if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
+            if position_ids is None:
+                position_ids = _position_ids(attention_mask, document_ids, length)
+            if past == 0 or length > 1:
+                attention_mask = self._update_causal_mask(
+                    attention_mask, is_image, inputs_embeds, past_key_values, document_ids
+                )
+            # else one text token after all others: it sees everything, so the decoder's own handling of the 2D mask is right
+
+        outputs = self.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        result = PrefixVLMModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
+    """Answers in text about images: the class behind `AutoModelForVision2Seq` and its siblings."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: PrefixVLMConfig, vision_model=None, language_model=None):
+        super().__init__(config, vision_model, language_model)
+        # a placeholder is not a word: once generated, it would ask for an image that nobody gave
+        self.generation_config.suppress_tokens = [config.image_token_id]
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str = "google/siglip-so400m-patch14-224",
+        text: str = "Qwen/Qwen2.5-0.5B",
+        dtype: torch.dtype = torch.float32,
+        **config,
+    ) -> "PrefixVLMForConditionalGeneration":
+        """Joins two pretrained backbones by a new projector.
+
+        Args:
+            vision: Hub id or folder of a SigLIP, SigLIP 2 or CLIP-like model; of a two-tower model the image tower.
+            text: Hub id or folder of any decoder that `AutoModelForCausalLM` loads and that obeys a 4D mask.
+            dtype: of all weights.
+            config: fields of `PrefixVLMConfig`, such as `attention_mode` and `projector_hidden_size`.
+
+        Raises:
+            ValueError: for a vision model without square patches or with missing weights, or a decoder that ignores the
+                mask or whose head is more than this class knows.
+        """
+        vision_config = AutoConfig.from_pretrained(vision)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        if not isinstance(getattr(vision_config, "image_size", None), int):
+            raise ValueError(
+                f"{vision} is of type {vision_config.model_type!r}, without one square image size; choose a fixed-resolution "
+                "SigLIP, SigLIP 2 or CLIP model."
+            )
+        text_config = AutoConfig.from_pretrained(text)
+        image_token_id, vocabulary = _image_token_id(text, text_config, config.pop("image_token_id", None))
+        joint = PrefixVLMConfig(
+            vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, dtype=dtype, **config
+        )
+        vision_class = AutoModel._model_mapping[type(joint.vision_config)]
+        vision_model, report = vision_class.from_pretrained(
+            vision, config=joint.vision_config, dtype=dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"{vision} lacks weights of the vision encoder: {sorted(report['missing_keys'])[:3]}.")
+        language_model = AutoModelForCausalLM.from_pretrained(text, config=joint.text_config, dtype=dtype)
+        if vocabulary > language_model.get_input_embeddings().num_embeddings:
+            language_model.resize_token_embeddings(vocabulary, mean_resizing=False)
+            joint.text_config.vocab_size = vocabulary
+        model = cls(joint, vision_model, language_model).to(dtype).eval()
+        model._check_decoder(text)
+        return model
+
+    @torch.no_grad()
+    def _check_decoder(self, name: str):
+        """Holds the decoder to what this class relies on, by two tokens that may see each other.
+
+        Raises:
+            ValueError: if the first token does not see the second, or the head alone does not give the decoder's logits.
+        """
+        embeds = self.get_input_embeddings().weight[:2][None]
+        other = torch.stack([embeds[:, 0], -embeds[:, 1]], dim=1)
+        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=embeds.device)
+        if self.language_model.config._attn_implementation == "eager":
+            mask = as_additive(mask, embeds.dtype)
+        call = {"attention_mask": mask, "use_cache": False}
+        try:
+            hidden = self.get_decoder()(inputs_embeds=embeds, **call).last_hidden_state
+            changed = self.get_decoder()(inputs_embeds=other, **call).last_hidden_state
+            logits = self.language_model(inputs_embeds=embeds, **call).logits
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} does not accept a 4D attention mask, so it cannot be the decoder: {error}") from error
+        if torch.equal(hidden[:, 0], changed[:, 0]):
+            raise ValueError(f"{name} ignores a 4D attention mask, so the image could not be left unmasked; choose another.")
+        if not torch.allclose(self._head(hidden), logits, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{name} changes its logits after the language head in a way that PrefixVLM does not know.")
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) to logits (..., V), with the scaling and capping some decoders add to their head."""
+        config = self.config.text_config
+        logits = self.get_output_embeddings()(hidden_states)
+        if getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * config.logit_scale
+        if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        return logits
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool = False,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> PrefixVLMCausalLMOutputWithPast:
+        """Runs the model; see `PrefixVLMModel.forward` for the inputs not named here.
+
+        Args:
+            labels: (B, T), the token ids to predict, -100 where nothing is asked; position t is predicted from t - 1.
+            logits_to_keep: compute logits only for the last so many positions, or for these positions (0: all).
+            num_items_in_batch: what the summed loss is divided by; by default the number of supervised tokens. A trainer
+                that accumulates passes the count of the whole batch.
+            skip_logits: with labels, run the head on the supervised positions only and return no logits: the same loss
+                for a fraction of the memory.
+        """
+        outputs = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            token_type_ids=token_type_ids,
+            document_ids=document_ids,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = token_losses = None
+        if labels is None or not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            # with labels every position is needed
+            logits = self._head(hidden_states if labels is not None else hidden_states[:, kept])
+        if labels is not None:
+            targets = labels[:, 1:].to(hidden_states.device)
+            supervised = targets != IGNORE_INDEX
+            predictions = self._head(hidden_states[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]
+            losses = nn.functional.cross_entropy(predictions.float(), targets[supervised], reduction="none")
+            items = max(1, losses.numel()) if num_items_in_batch is None else num_items_in_batch
+            loss = losses.sum() / (items.to(losses.device) if torch.is_tensor(items) else items)
+            token_losses = losses.detach()
+        result = PrefixVLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            token_losses=token_losses,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, pixel_values=None, token_type_ids=None, **kwargs
+    ):
+        if inputs_embeds is None:
+            # carries the image positions to `create_masks_for_generate`, which sees no token ids
+            token_type_ids = (input_ids == self.config.image_token_id).long()
+        if token_type_ids is not None:
+            kwargs["token_type_ids"] = token_type_ids
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        past, _ = _cache_lengths(past_key_values, 0)
+        model_inputs["pixel_values"] = pixel_values if past == 0 else None
+        return model_inputs
+
+    def create_masks_for_generate(self, attention_mask, past_key_values, token_type_ids, **kwargs):
+        """The mask `generate` prepares in advance for a static cache; by default it would be causal."""
+        # the embeddings have a name each on 4.x (`input_embeds`) and 5.x (`inputs_embeds`)
+        inputs_embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
+        return self._update_causal_mask(attention_mask, token_type_ids.bool(), inputs_embeds, past_key_values)
+
+
+def _cache_lengths(past_key_values, length: int) -> tuple[int, int]:
+    """How many tokens the cache holds, and how many keys attention sees after `length` more."""
+    if past_key_values is None:
+        return 0, length
+    past = int(past_key_values.get_seq_length())
+    # renamed in transformers 5; -1 for a cache that grows
+    get_capacity = getattr(past_key_values, "get_max_length", None) or past_key_values.get_max_cache_shape
+    capacity = get_capacity(0)
+    return past, capacity if capacity > 0 else past + length
+
+
+def _position_ids(attention_mask, document_ids, length: int):
+    """(B, T) positions that start at 0 after left padding and in each document; `None` where plain counting will do."""
+    if document_ids is not None:
+        position = torch.arange(length, device=document_ids.device).expand_as(document_ids)
+        is_start = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+        return position - torch.where(is_start, position, 0).cummax(dim=-1).values
+    if attention_mask is None:
+        return None
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def _image_token_id(text: str, text_config, image_token_id: int | None) -> tuple[int, int]:
+    """The image token's id, and the vocabulary that it and the missing ChatML tokens need."""
+    if image_token_id is not None:
+        return image_token_id, max(image_token_id + 1, text_config.vocab_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(text)
+    except (OSError, ValueError):  # a folder of weights alone
+        known = text_config.vocab_size > QWEN_IMAGE_TOKEN_ID
+        image_token_id = QWEN_IMAGE_TOKEN_ID if known else text_config.vocab_size
+        return image_token_id, max(image_token_id + 1, text_config.vocab_size)
+    tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), max(len(tokenizer), text_config.vocab_size)
+
+
+__all__ = ["PrefixVLMForConditionalGeneration", "PrefixVLMModel", "PrefixVLMPreTrainedModel"]

@@ -10,6 +10,7 @@ import json
 import os
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -75,6 +76,13 @@ def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
     return template.replace("TURN_START", TURN_START_TOKEN).replace("TURN_END", TURN_END_TOKEN)
 
 
+def siglip_image_processor(image_size: int, **kwargs):
+    """SigLIP's image processor for square images of `image_size` pixels; needs no torchvision."""
+    # on transformers 5 the class of the plain name is the one for torchvision
+    image_processor = getattr(transformers, "SiglipImageProcessorPil", transformers.SiglipImageProcessor)
+    return image_processor(size={"height": image_size, "width": image_size}, **kwargs)
+
+
 class PrefixVLMProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}, "images_kwargs": {}}
 
@@ -123,8 +131,12 @@ class PrefixVLMProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(vision)
+        except OSError:  # a folder of weights alone
+            image_processor = siglip_image_processor(config.image_size)
         num_image_tokens = (config.image_size // config.patch_size) ** 2
-        return cls(AutoImageProcessor.from_pretrained(vision), tokenizer, num_image_tokens=num_image_tokens, **kwargs)
+        return cls(image_processor, tokenizer, num_image_tokens=num_image_tokens, **kwargs)
 
     @property
     def model_input_names(self):
@@ -318,20 +330,15 @@ class PrefixVLMProcessor(ProcessorMixin):
                 )
             rows.append(ids)
             labels.append([IGNORE_INDEX if token == self.image_token_id else token for token in targets])
-        padded = self.tokenizer.pad(
-            {"input_ids": rows},
-            padding=padding,
-            max_length=max_length,
-            pad_to_multiple_of=multiple,
-            padding_side=padding_side,
-            return_attention_mask=True,
-        )
-        data = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+        width = _padded_width([len(row) for row in rows], padding, max_length, multiple)
+        left = (padding_side or self.tokenizer.padding_side) == "left"
+        pad_token_id = self.tokenizer.pad_token_id
+        data = {
+            "input_ids": _pad(rows, width, pad_token_id if pad_token_id is not None else 0, left),
+            "attention_mask": _pad([[1] * len(row) for row in rows], width, 0, left),
+        }
         if with_labels:
-            side = padding_side or self.tokenizer.padding_side
-            width = [len(row) for row in data["input_ids"]]
-            fill = [[IGNORE_INDEX] * (w - len(row)) for w, row in zip(width, labels, strict=True)]
-            data["labels"] = [pad + row if side == "left" else row + pad for pad, row in zip(fill, labels, strict=True)]
+            data["labels"] = _pad(labels, width, IGNORE_INDEX, left)
         if alone and kwargs["return_tensors"] is None:
             data = {name: rows[0] for name, rows in data.items()}
         if images := [image for group in groups for image in group]:
@@ -347,6 +354,8 @@ class PrefixVLMProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Writes image processor, tokenizer, chat template, and the code that loads them without this package."""
         files = super().save_pretrained(save_directory, **kwargs)
+        # transformers 5 keeps the image processor inside processor_config.json, where 4.x does not look
+        self.image_processor.save_pretrained(save_directory)
         _make_readable_by_4x(save_directory)
         if not __name__.startswith("transformers_modules"):
             # as remote code, transformers itself copies the files beside this one
@@ -376,15 +385,31 @@ def _split(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
     return [(piece, supervised) for piece, supervised in [*pieces, (text[start:], False)] if piece]
 
 
+def _padded_width(lengths: list[int], padding, max_length: int | None, multiple: int | None) -> int:
+    """How long every row is to be at least, for the `padding` of transformers' tokenizers."""
+    if padding is False or str(getattr(padding, "value", padding)) == "do_not_pad" or not lengths:
+        return 0
+    to_maximum = str(getattr(padding, "value", padding)) == "max_length" and max_length is not None
+    width = max(max(lengths), max_length if to_maximum else 0)
+    return -(-width // multiple) * multiple if multiple else width
+
+
+def _pad(rows: list[list[int]], width: int, value: int, left: bool) -> list[list[int]]:
+    fills = [[value] * (width - len(row)) for row in rows]
+    return [fill + row if left else row + fill for fill, row in zip(fills, rows, strict=True)]
+
+
 def _make_readable_by_4x(folder):
-    """transformers 5 writes the extra special tokens as a list, which 4.x cannot read."""
+    """Renames what transformers 5 writes of a tokenizer to what 4.x and 5.x both read."""
     path = os.path.join(folder, "tokenizer_config.json")
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, ensure_ascii=False)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2, ensure_ascii=False)
 
 
 __all__ = ["PrefixVLMProcessor"]

@@ -377,7 +377,9 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name} does not accept a 4D attention mask, so it cannot be the decoder: {error}") from error
         if torch.equal(hidden[:, 0], changed[:, 0]):
-            raise ValueError(f"{name} ignores a 4D attention mask, so the image could not be left unmasked; choose another.")
+            raise ValueError(
+                f"{name} ignores a 4D attention mask, so the image could not be left unmasked; choose another."
+            )
         if not torch.allclose(self._head(hidden), logits, rtol=1e-3, atol=1e-3):
             raise ValueError(f"{name} changes its logits after the language head in a way that PrefixVLM does not know.")
 

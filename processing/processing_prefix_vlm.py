@@ -105,14 +105,22 @@ class PrefixVLMProcessor(ProcessorMixin):
         tokenizer_class = "AutoTokenizer"
 
     def __init__(
-        self, image_processor=None, tokenizer=None, chat_template=None, num_image_tokens=256, image_token=IMAGE_TOKEN, **kwargs
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        num_image_tokens=256,
+        image_token=IMAGE_TOKEN,
+        **kwargs,
     ):
         self.auto_map = {"AutoProcessor": "processing_prefix_vlm.PrefixVLMProcessor"}
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise ValueError(f"The tokenizer has no token {image_token!r}; add it, or use PrefixVLMProcessor.from_backbones.")
+            raise ValueError(
+                f"The tokenizer has no token {image_token!r}; add it, or use PrefixVLMProcessor.from_backbones."
+            )
         super().__init__(image_processor, tokenizer, chat_template=chat_template or default_chat_template(image_token))
 
     @classmethod
@@ -172,7 +180,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         samples = []
         for sample, group in zip(texts, groups, strict=True):
             if sample.count(self.image_token) != len(group):
-                sample = self.image_token * len(group) + self._as_typed(sample)
+                sample = self.image_token * len(group) + self.as_typed(sample)
             samples.append([(sample, True)])
         bos = self.tokenizer.bos_token
         if bos is not None and texts and texts[0].startswith(bos):
@@ -242,17 +250,18 @@ class PrefixVLMProcessor(ProcessorMixin):
         for message in messages:
             content = message["content"]
             if isinstance(content, str):
-                content = self._as_typed(content)
+                content = self.as_typed(content)
             else:
                 content = [
-                    {**part, "text": self._as_typed(part["text"])} if part["type"] == "text" else part for part in content
+                    {**part, "text": self.as_typed(part["text"])} if part["type"] == "text" else part for part in content
                 ]
                 sources = [_image_source(part) for part in content if part["type"] in ("image", "image_url")]
                 images += [source for source in sources if source is not None]
             cleaned.append({**message, "content": content})
         return cleaned, images
 
-    def _as_typed(self, text: str) -> str:
+    def as_typed(self, text: str) -> str:
+        """The text with the control tokens in it kept as words."""
         for token in (self.image_token, TURN_START_TOKEN, TURN_END_TOKEN):
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
@@ -266,9 +275,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         return {k: v for k, v in kwargs.items() if k not in known}, {k: v for k, v in kwargs.items() if k in known}
 
     def _merged_kwargs(self, kwargs: dict) -> dict:
-        merged = self._merge_kwargs(
-            PrefixVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        merged = self._merge_kwargs(PrefixVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         common = merged.pop("common_kwargs", {})
         merged["return_tensors"] = merged["text_kwargs"].pop("return_tensors", None) or common.get("return_tensors")
         return merged
@@ -279,7 +286,9 @@ class PrefixVLMProcessor(ProcessorMixin):
         images = _as_list(images)
         if images and all(isinstance(group, list | tuple) for group in images):
             if len(images) != len(texts):
-                raise ValueError(f"There are {len(texts)} texts, but {len(images)} groups of images; give one group a text.")
+                raise ValueError(
+                    f"There are {len(texts)} texts, but {len(images)} groups of images; give one group a text."
+                )
             return [list(group) for group in images]
         if len(texts) == 1:
             return [images]

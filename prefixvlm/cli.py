@@ -1,0 +1,132 @@
+"""The command line. Only what a command needs is imported, so that --help answers at once."""
+
+import argparse
+import sys
+from pathlib import Path
+
+BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 with one line on stderr for bad input."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"prefixvlm {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"prefixvlm {options.command}: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="prefixvlm", description="Small vision-language models whose attention mask leaves the image unmasked."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name, run, about):
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("quickstart", quickstart, "train all four stages on easy-VQA on the CPU, test, and answer questions")
+    command.add_argument("--output", metavar="DIR", help="where everything goes (default: runs/quickstart)")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
+
+    command = add("train", train, "train the stages of a recipe")
+    command.add_argument("recipe", metavar="RECIPE", help="paper, quickstart, or a YAML file")
+    command.add_argument("--stages", metavar="0,1,2,3", help="train only these stages")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
+
+    command = add("generate", generate, "caption an image, or answer a question about it")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    command.add_argument("--image", required=True, metavar="FILE")
+    command.add_argument("--prompt", metavar="TEXT", help="the question; without one the image is captioned")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+
+    command = add("masks", masks, "draw the attention masks of the paper's Fig. 3 and 6")
+    command.add_argument("--output", default="masks.png", metavar="FILE", help="default: masks.png")
+
+    command = add("info", info, "count a model's parameters (Table IV), image tokens and floating-point operations")
+    command.add_argument("model", metavar="MODEL-or-PRESET", help="paper, tiny, a folder or a Hub id")
+
+    command = add("push", push, "upload a saved model to the Hub with a complete card")
+    command.add_argument("model", metavar="MODEL", help="folder")
+    command.add_argument("repo", metavar="REPO", help="Hub id, e.g. somebody/my-model")
+    command.add_argument("--private", action="store_true", help="create a private repository")
+    return top
+
+
+def quickstart(options) -> None:
+    from prefixvlm.train.quickstart import quickstart
+    from prefixvlm.train.recipe import load_recipe
+
+    recipe = load_recipe("quickstart", options.overrides)
+    if options.output:
+        recipe.output = options.output
+    metrics = quickstart(recipe)
+    print(
+        f"\nTest accuracy {metrics['accuracy']:.2%} on {metrics['questions']:,} questions after "
+        f"{metrics['seconds']['total'] / 60:.1f} minutes; model, figures and metrics.json are in {recipe.output}"
+    )
+
+
+def train(options) -> None:
+    from prefixvlm.train.recipe import load_recipe
+    from prefixvlm.train.run import run_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    try:
+        stages = None if options.stages is None else [int(number) for number in options.stages.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--stages is {options.stages!r}; give numbers with commas between, such as 0,1.") from error
+    print(f"Saved to {run_recipe(recipe, stages)}")
+
+
+def generate(options) -> None:
+    from transformers import TextStreamer
+
+    from prefixvlm.train.model_building import load
+
+    model, processor = load(options.model)
+    if options.prompt is None:
+        inputs = processor(images=options.image, text="", return_tensors="pt")
+    else:
+        content = [{"type": "image", "path": options.image}, {"type": "text", "text": options.prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.eval().generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
+
+
+def masks(options) -> None:
+    from prefixvlm.train.figures import save_masks
+
+    save_masks(Path(options.output))
+    print(f"Saved to {options.output}")
+
+
+def info(options) -> None:
+    from prefixvlm.info import describe
+
+    print(describe(options.model))
+
+
+def push(options) -> None:
+    from huggingface_hub import HfApi
+
+    folder = Path(options.model)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a saved model: it has no config.json.")
+    api = HfApi()
+    url = api.create_repo(options.repo, private=options.private, exist_ok=True)
+    api.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=["checkpoint-*", "training_args.bin"])
+    print(f"Uploaded to {url}")

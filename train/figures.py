@@ -1,0 +1,75 @@
+"""Pictures of what trains: the attention masks of Fig. 3 and 6, and loss curves as in Fig. 4."""
+
+from pathlib import Path
+
+import torch
+
+from prefixvlm.modeling_vlm.masking_prefix_vlm import attention_mask_4d, image_index
+
+IMAGE_TOKENS = 4
+SEEN, UNSEEN, BETWEEN = "#2a9d8f", "#f4e9e1", "#ffffff"
+
+
+def save_masks(path: Path) -> None:
+    """Draws the four masks from the function that trains with them; the suffix of `path` decides the format."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+
+    single = "i" * IMAGE_TOKENS + "t" * 6
+    interleaved = "i" * IMAGE_TOKENS + "ttt" + "i" * IMAGE_TOKENS + "ttt"
+    panels = [
+        ("causal", "causal: what most models do", single),
+        ("bidirectional", "bidirectional: stage 0 (Fig. 3a)", single),
+        ("prefix", "prefix: stages 1 to 3 (Fig. 3b)", single),
+        ("prefix_all_images", "prefix_all_images: interleaved (Fig. 6a)", interleaved),
+        ("prefix", "prefix: interleaved (Fig. 6b)", interleaved),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.6), layout="constrained")
+    for axis, (mode, title, layout) in zip(axes, panels, strict=True):
+        is_image = torch.tensor([[kind == "i" for kind in layout]])
+        mask = attention_mask_4d(torch.ones_like(is_image), image_index(is_image, IMAGE_TOKENS), mode)[0, 0]
+        axis.pcolormesh(
+            mask.flip(0).int(), cmap=ListedColormap([UNSEEN, SEEN]), vmin=0, vmax=1, edgecolors=BETWEEN, linewidth=1
+        )
+        labels = ["im" if kind == "i" else "txt" for kind in layout]
+        centres = [index + 0.5 for index in range(len(layout))]
+        axis.set_xticks(centres, labels, rotation=90, fontsize=8)
+        axis.set_yticks(centres, labels[::-1], fontsize=8)
+        axis.tick_params(length=0)
+        axis.set_aspect("equal")
+        axis.set_title(title, fontsize=11)
+    axes[0].set_ylabel("this position ...")
+    figure.supxlabel("... may attend to these (green)")
+    _save(figure, path)
+
+
+def save_loss_curve(histories: dict[str, list[dict]], path: Path) -> None:
+    """Draws the logged losses of one run or more; `histories` maps names to `Trainer.state.log_history`."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(histories), figsize=(4.5 * len(histories), 3.4), squeeze=False, layout="constrained")
+    for axis, (name, history) in zip(axes[0], histories.items(), strict=True):
+        for key, label in (("loss", "loss"), ("loss_noised", "noised targets"), ("loss_clean", "clean targets")):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.set_ylabel("cross-entropy")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        figure.savefig(partial, dpi=110)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"The figure {path} cannot be written ({error}).") from error
+    finally:
+        plt.close(figure)
+    partial.replace(path)

@@ -280,7 +280,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 attention_mask = self._update_causal_mask(
                     attention_mask, is_image, inputs_embeds, past_key_values, document_ids
                 )
-            # else one text token after all others: it sees everything, so the decoder's own handling of the 2D mask is right
+            # else one text token after all others sees them all, which is what the decoder makes of the 2D mask
 
         outputs = self.get_decoder()(
             inputs_embeds=inputs_embeds,
@@ -335,8 +335,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         vision_config = getattr(vision_config, "vision_config", vision_config)
         if not isinstance(getattr(vision_config, "image_size", None), int):
             raise ValueError(
-                f"{vision} is of type {vision_config.model_type!r}, without one square image size; choose a fixed-resolution "
-                "SigLIP, SigLIP 2 or CLIP model."
+                f"{vision} is of type {vision_config.model_type!r}, without one square image size; choose a "
+                "SigLIP, SigLIP 2 or CLIP model of fixed resolution."
             )
         text_config = AutoConfig.from_pretrained(text)
         image_token_id, vocabulary = _image_token_id(text, text_config, config.pop("image_token_id", None))

@@ -30,8 +30,8 @@ def describe(name: str) -> str:
     hidden = config.projector_hidden_size or config.text_config.hidden_size
     lines += [
         "",
-        f"Projector: {config.vision_config.hidden_size} -> {hidden} -> {config.text_config.hidden_size}. The paper names two "
-        "layers and 18 M parameters, not the width between: 8960 gives 18.36 M, the text width 896 gives 1.84 M.",
+        f"Projector: {config.vision_config.hidden_size} -> {hidden} -> {config.text_config.hidden_size}. The paper names "
+        "two layers and 18 M parameters, not the width between: 8960 gives 18.36 M, the text width 896 gives 1.84 M.",
         f"Image tokens: {config.num_image_tokens} ({config.vision_config.image_size} pixels, patches of "
         f"{config.vision_config.patch_size}).",
         f"Attention: {config.attention_mode}.",

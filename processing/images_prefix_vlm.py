@@ -1,15 +1,16 @@
 """Any picture to an upright RGB image, or one sentence that says which picture is wrong and why."""
 
+import base64
 import io
 import os
-import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
-from transformers.image_transforms import to_pil_image
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import load_image as fetch_image
 
 WHITE = (255, 255, 255, 255)
+CHANNEL_COUNTS = (1, 3, 4)
 SIXTEEN_BIT_STEP = 257  # 65535 / 255
 
 
@@ -17,7 +18,8 @@ def load_image(source, name: str = "the image") -> Image.Image:
     """Opens, checks and decodes one image.
 
     Args:
-        source: a PIL image, path, URL, bytes, array or tensor, or the `{"bytes": ..., "path": ...}` of a datasets row.
+        source: a PIL image, path, URL, bytes, open file, array (H, W, C) or (H, W), tensor (C, H, W), or the
+            `{"bytes": ..., "path": ...}` of a datasets row.
         name: what to call an image that has no path of its own in an error.
 
     Returns:
@@ -28,25 +30,28 @@ def load_image(source, name: str = "the image") -> Image.Image:
     """
     if isinstance(source, dict):
         name = source.get("path") or name
-        source = source.get("bytes") or source.get("path")
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if isinstance(source, str | os.PathLike):
-        name = str(source)
+        if not str(source).startswith("data:"):  # whose whole content would be its name
+            name = str(source)
     elif isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or name
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _open(source)
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and image.width * image.height > limit:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, the limit is {limit}")
-            return _to_rgb(ImageOps.exif_transpose(image))
+        image = _open(source)
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and image.width * image.height > limit:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, the limit is {limit}")
+        return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"{name}: there is no such image file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
     except Exception as error:  # on a damaged file the decoders raise errors of many kinds
-        raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its content is of no image format that Pillow reads"
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} cannot be read as an image ({reason}); replace or remove it.") from error
 
 
 def _open(source) -> Image.Image:
@@ -54,25 +59,49 @@ def _open(source) -> Image.Image:
         return source
     if isinstance(source, bytes | bytearray):
         return Image.open(io.BytesIO(source))
-    if isinstance(source, os.PathLike):
-        return Image.open(source)
     if isinstance(source, str):
-        if source.startswith(("http://", "https://", "data:image/")):
+        if source.startswith(("http://", "https://")):
             return fetch_image(source)
+        if source.startswith("data:"):
+            return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+    if isinstance(source, str | os.PathLike) or hasattr(source, "read"):
         return Image.open(source)
-    if source is None:
-        raise ValueError("nothing was given")
-    return to_pil_image(source)
+    if hasattr(source, "shape"):
+        return _from_array(source)
+    raise ValueError("nothing was given" if source is None else f"it is of type {type(source).__name__}")
+
+
+def _from_array(source) -> Image.Image:
+    """Channels last in an array and first in a tensor, or the other way round where the sizes leave no doubt."""
+    is_tensor = torch.is_tensor(source)
+    values = source.detach().cpu().numpy() if is_tensor else np.asarray(source)
+    if values.ndim == 3:
+        can_be_first, can_be_last = values.shape[0] in CHANNEL_COUNTS, values.shape[-1] in CHANNEL_COUNTS
+        if can_be_first and (is_tensor or not can_be_last):
+            values = np.moveaxis(values, 0, -1)
+        if values.shape[-1] == 1:
+            values = values[..., 0]
+    if values.size and values.min() < 0:
+        raise ValueError("it has negative values; pass 0 to 255, or 0 to 1 as floating point")
+    return Image.fromarray(np.ascontiguousarray(_to_8_bits(values)))
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """What PIL would do by cutting off all above 255, and so show a white square."""
+    largest = values.max(initial=0)
+    if values.dtype.kind == "f":
+        values = np.rint(values * 255 if largest <= 1 else values)
+    elif values.dtype.kind == "b":
+        values = values * np.uint8(255)
+    elif (values.dtype.kind == "u" and values.dtype.itemsize == 2) or largest > 255:
+        values = values // SIXTEEN_BIT_STEP
+    return values.clip(0, 255).astype(np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode[0] in "IF":  # I, I;16 and its kin, F
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
-    if image.mode.startswith("I"):
-        # PIL would clip 16-bit greys at 255 and show a white square
-        values = np.asarray(image)
-        if values.max(initial=0) > 255:
-            values = values // SIXTEEN_BIT_STEP
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
     return image.convert("RGB")

@@ -8,11 +8,12 @@ Shapes: B batch, T tokens, P image tokens, I images in the batch.
 import importlib
 import json
 import os
+import re
 
-import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import PaddingStrategy
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
@@ -20,16 +21,24 @@ from .images_prefix_vlm import load_image
 
 IGNORE_INDEX = -100
 
+PUSH_KWARGS = ("token", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
+IMAGE_PARTS = ("image", "image_url")  # of a message
+
+# the arguments that transformers knows for tokenizers and image processors
+TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__)
+IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__)
+
 # ChatML, with the image before the first turn as the paper's sequence asks: <im>*P INST1 ans1 INST2 ans2 (section III-D).
 # Of several images, those that open the first message go to the front and the others stay where they were put.
+# message['role'], not message.role: Jinja's sandbox examines every attribute at length.
 CHAT_TEMPLATE = """\
 {%- if bos_token %}{{ bos_token }}{% endif -%}
 {%- set front = namespace(message=-1, images=0) -%}
 {%- for message in messages -%}
-  {%- if front.message < 0 and message.content is not string -%}
+  {%- if front.message < 0 and message['content'] is not string -%}
     {%- set seen = namespace(images=0, leading=0, text=false) -%}
-    {%- for part in message.content -%}
-      {%- if part.type in ('image', 'image_url') -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] in ('image', 'image_url') -%}
         {%- set seen.images = seen.images + 1 -%}
         {%- if not seen.text %}{% set seen.leading = seen.leading + 1 %}{% endif -%}
       {%- else -%}
@@ -46,20 +55,20 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
   {%- set skip = namespace(images=front.images if loop.index0 == front.message else 0) -%}
   {%- set body -%}
-    {%- if message.content is string -%}
-      {{- message.content -}}
+    {%- if message['content'] is string -%}
+      {{- message['content'] -}}
     {%- else -%}
-      {%- for part in message.content -%}
-        {%- if part.type in ('image', 'image_url') -%}
+      {%- for part in message['content'] -%}
+        {%- if part['type'] in ('image', 'image_url') -%}
           {%- if skip.images %}{% set skip.images = skip.images - 1 %}{% else %}{{ 'IMAGE_TOKEN' }}{% endif -%}
-        {%- elif part.type == 'text' -%}
-          {{- part.text -}}
+        {%- elif part['type'] == 'text' -%}
+          {{- part['text'] -}}
         {%- endif -%}
       {%- endfor -%}
     {%- endif -%}
   {%- endset -%}
-  {{- 'TURN_START' + message.role + '\\n' -}}
-  {%- if message.role == 'assistant' -%}
+  {{- 'TURN_START' + message['role'] + '\\n' -}}
+  {%- if message['role'] == 'assistant' -%}
     {%- generation -%}{{- body + 'TURN_END' -}}{%- endgeneration -%}
   {%- else -%}
     {{- body + 'TURN_END' -}}
@@ -78,13 +87,10 @@ def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
 
 def siglip_image_processor(image_size: int, **kwargs):
     """SigLIP's image processor for square images of `image_size` pixels; needs no torchvision."""
-    # on transformers 5 the class of the plain name is the one for torchvision
-    image_processor = getattr(transformers, "SiglipImageProcessorPil", transformers.SiglipImageProcessor)
+    # on transformers 5 the class of the plain name is the one for torchvision, and to look at it is to be warned
+    has_pil_class = hasattr(transformers, "SiglipImageProcessorPil")
+    image_processor = transformers.SiglipImageProcessorPil if has_pil_class else transformers.SiglipImageProcessor
     return image_processor(size={"height": image_size, "width": image_size}, **kwargs)
-
-
-class PrefixVLMProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {"text_kwargs": {"padding": False}, "images_kwargs": {}}
 
 
 class PrefixVLMProcessor(ProcessorMixin):
@@ -154,14 +160,16 @@ class PrefixVLMProcessor(ProcessorMixin):
         """Prepares images and raw text.
 
         Where each image stands is said by `image_token` in the text, once an image. A text that does not have exactly as
-        many as its images gets them in front, and the tokens in it count as words that somebody typed.
+        many as its images gets them in front, and the image tokens in it count as words that somebody typed. Turn tokens
+        stay what they are, since rendered conversations pass here too; `apply_chat_template` guards against typed ones.
 
         Args:
             images: one image, a list (dealt out to the texts in order), or a list of lists, one for each text. Any form
                 that `load_image` opens.
             text: one text or a list.
             return_labels: also give labels, the ids of all text tokens, -100 at images and padding.
-            kwargs: those of the tokenizer and the image processor (`padding`, `return_tensors`, ...).
+            kwargs: those of the tokenizer and the image processor (`padding`, `return_tensors`, ...), also by modality
+                (`text_kwargs`, `images_kwargs`).
 
         Returns:
             `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if asked for.
@@ -172,20 +180,20 @@ class PrefixVLMProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("Give the processor images, text or both.")
-        kwargs = self._merged_kwargs(kwargs)
+        text_kwargs, image_kwargs, unknown = self._sorted_kwargs(kwargs)
+        if unused := [name for name, value in unknown.items() if value is not None]:
+            raise TypeError(f"The processor does not know the argument(s) {', '.join(unused)}.")
         if text is None:
-            return self._image_features(_as_list(images), kwargs)
-        texts = [text] if isinstance(text, str) else list(text)
+            return self._image_features(images, image_kwargs)
+        alone = isinstance(text, str)
+        texts = [text] if alone else list(text)
         groups = self._images_by_text(images, texts)
-        samples = []
-        for sample, group in zip(texts, groups, strict=True):
-            if sample.count(self.image_token) != len(group):
-                sample = self.image_token * len(group) + self.as_typed(sample)
-            samples.append([(sample, True)])
+        texts = [self._with_images(sample, len(group)) for sample, group in zip(texts, groups, strict=True)]
         bos = self.tokenizer.bos_token
-        if bos is not None and texts and texts[0].startswith(bos):
-            kwargs["text_kwargs"]["add_special_tokens"] = False
-        return self._encode(samples, groups, kwargs, return_labels, alone=isinstance(text, str))
+        if bos and texts and texts[0].startswith(bos):  # rendered, so that it has all its special tokens
+            text_kwargs["add_special_tokens"] = False
+        samples = [[(sample, True)] for sample in texts]
+        return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels, alone)
 
     def apply_chat_template(
         self,
@@ -204,7 +212,8 @@ class PrefixVLMProcessor(ProcessorMixin):
 
         Args:
             conversation: messages `{"role": ..., "content": text or parts}`, or a list of such conversations. An image part
-                is `{"type": "image", "image" | "url" | "path": ...}`.
+                is `{"type": "image", "image" | "url" | "path" | "base64": ...}`; without a source it stands for one of
+                `images` (an argument like that of `__call__`).
             return_labels: with `tokenize` and `return_dict`, also give labels: the assistant's answers and their end
                 tokens, -100 elsewhere.
             return_assistant_tokens_mask: the same places as a mask of 0 and 1, `assistant_masks`.
@@ -213,78 +222,100 @@ class PrefixVLMProcessor(ProcessorMixin):
 
         Returns:
             The text, or `input_ids`, or with `return_dict` what `__call__` returns.
+
+        Raises:
+            ValueError: as `__call__`; for a message part that is neither text nor image; or if labels are wanted of a
+                template that does not mark the answers.
         """
-        template_kwargs, kwargs = self._split_kwargs({**kwargs, **(processor_kwargs or {})})
+        text_kwargs, image_kwargs, template_kwargs = self._sorted_kwargs({**kwargs, **(processor_kwargs or {})})
+        images = template_kwargs.pop("images", None)
+        chat_template = chat_template or self.chat_template
+        marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
+        with_labels = return_labels or return_assistant_tokens_mask
+        if with_labels and not marks_answers:
+            raise ValueError("This chat template does not mark the answers by {% generation %}, so they cannot be labels.")
+        if template_kwargs.get("continue_final_message") and template_kwargs.get("add_generation_prompt"):
+            raise ValueError("Either continue the final message or add a generation prompt, not both.")
         alone = not (conversation and isinstance(conversation[0], list | tuple))
-        conversations, groups = [], []
-        for messages in [conversation] if alone else conversation:
-            messages, images = self._clean(messages)
-            conversations.append(messages)
-            groups.append(images)
+        cleaned = [self._clean(messages) for messages in ([conversation] if alone else conversation)]
         texts, spans = render_jinja_template(
-            conversations=conversations,
-            chat_template=chat_template or self.chat_template,
-            return_assistant_tokens_mask=True,
+            conversations=[messages for messages, _ in cleaned],
+            chat_template=chat_template,
+            return_assistant_tokens_mask=marks_answers,
             **{**self.tokenizer.special_tokens_map, **template_kwargs},
         )
         if not tokenize:
             return texts[0] if alone else texts
-        if "images" in kwargs:
-            groups = self._images_by_text(kwargs.pop("images"), texts)
-        kwargs = self._merged_kwargs(kwargs)
-        kwargs["text_kwargs"]["add_special_tokens"] = False
-        samples = [_split(text, answers) for text, answers in zip(texts, spans, strict=True)]
-        encoded = self._encode(samples, groups, kwargs, return_labels or return_assistant_tokens_mask, alone)
+        groups = [sources for _, sources in cleaned]
+        if images is not None:
+            if any(groups):
+                raise ValueError("Images are given both in the messages and by `images`; choose one.")
+            groups = self._images_by_text(images, texts)
+        text_kwargs["add_special_tokens"] = False
+        samples = [_split(text, answers) for text, answers in zip(texts, spans or [[]] * len(texts), strict=True)]
+        encoded = self._encode(samples, groups, text_kwargs, image_kwargs, with_labels, alone)
         if return_assistant_tokens_mask:
             labels = encoded["labels"] if return_labels else encoded.pop("labels")
-            encoded["assistant_masks"] = (
-                (labels != IGNORE_INDEX).long()
-                if torch.is_tensor(labels)
-                else [[int(label != IGNORE_INDEX) for label in row] for row in labels]
-            )
+            encoded["assistant_masks"] = _is_supervised(labels)
         return encoded if return_dict else encoded["input_ids"]
 
     def _clean(self, messages):
         """A copy of a conversation with typed control tokens made harmless, and its images in the template's order."""
         cleaned, images = [], []
         for message in messages:
-            content = message["content"]
+            content = message.get("content") or ""
             if isinstance(content, str):
                 content = self.as_typed(content)
             else:
-                content = [
-                    {**part, "text": self.as_typed(part["text"])} if part["type"] == "text" else part for part in content
-                ]
-                sources = [_image_source(part) for part in content if part["type"] in ("image", "image_url")]
+                content = [self._clean_part(part) for part in content]
+                sources = [_image_source(part) for part in content if part["type"] in IMAGE_PARTS]
                 images += [source for source in sources if source is not None]
             cleaned.append({**message, "content": content})
         return cleaned, images
 
+    def _clean_part(self, part: dict) -> dict:
+        kind = part.get("type")
+        if kind == "text":
+            return {"type": "text", "text": self.as_typed(part.get("text") or "")}
+        if kind in IMAGE_PARTS:
+            return part
+        raise ValueError(f"A message part is of type {kind!r}; PrefixVLM reads text and image.")
+
     def as_typed(self, text: str) -> str:
         """The text with the control tokens in it kept as words."""
         for token in (self.image_token, TURN_START_TOKEN, TURN_END_TOKEN):
-            text = text.replace(token, f"{token[0]} {token[1:]}")
+            text = _broken_up(text, token)
         return text
 
-    def _split_kwargs(self, kwargs: dict) -> tuple[dict, dict]:
-        """Arguments for the template, and those that tokenizer or image processor know."""
-        known = {"images", "return_tensors", "text_kwargs", "images_kwargs", "common_kwargs"}
-        for name in ("text_kwargs", "images_kwargs"):
-            known |= set(PrefixVLMProcessorKwargs.__annotations__[name].__annotations__)
-            known |= set(ProcessingKwargs.__annotations__[name].__annotations__)
-        return {k: v for k, v in kwargs.items() if k not in known}, {k: v for k, v in kwargs.items() if k in known}
+    def _with_images(self, text: str, images: int) -> str:
+        """A raw text with one image token for each of its images."""
+        if text.count(self.image_token) == images:
+            return text
+        bos = self.tokenizer.bos_token
+        start = bos if bos and text.startswith(bos) else ""
+        return start + self.image_token * images + _broken_up(text.removeprefix(start), self.image_token)
 
-    def _merged_kwargs(self, kwargs: dict) -> dict:
-        merged = self._merge_kwargs(PrefixVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        common = merged.pop("common_kwargs", {})
-        merged["return_tensors"] = merged["text_kwargs"].pop("return_tensors", None) or common.get("return_tensors")
-        return merged
+    def _sorted_kwargs(self, kwargs: dict) -> tuple[dict, dict, dict]:
+        """Arguments for the tokenizer, for the image processor, and for neither."""
+        common = kwargs.pop("common_kwargs", None) or {}
+        text_kwargs = {**common, **(kwargs.pop("text_kwargs", None) or {})}
+        image_kwargs = {**common, **(kwargs.pop("images_kwargs", None) or {})}
+        others = {}
+        for name, value in kwargs.items():
+            if name == "return_tensors" or name in TEXT_KWARGS:
+                text_kwargs[name] = value
+            elif name in IMAGE_KWARGS:
+                image_kwargs[name] = value
+            else:
+                others[name] = value
+        image_kwargs["return_tensors"] = text_kwargs.pop("return_tensors", None) or image_kwargs.get("return_tensors")
+        return text_kwargs, image_kwargs, others
 
     def _images_by_text(self, images, texts: list[str]) -> list[list]:
-        if images is None:
+        images = [] if images is None else _as_list(images)
+        if not images:
             return [[] for _ in texts]
-        images = _as_list(images)
-        if images and all(isinstance(group, list | tuple) for group in images):
+        if all(isinstance(group, list | tuple) for group in images):
             if len(images) != len(texts):
                 raise ValueError(
                     f"There are {len(texts)} texts, but {len(images)} groups of images; give one group a text."
@@ -296,51 +327,61 @@ class PrefixVLMProcessor(ProcessorMixin):
         if sum(counts) != len(images):
             if len(images) != len(texts):
                 raise ValueError(
-                    f"{len(images)} images cannot be dealt out to {len(texts)} texts; pass one list of images for each text."
+                    f"{len(images)} images cannot be dealt out to {len(texts)} texts; give a list of images for each text."
                 )
             counts = [1] * len(texts)
         left = iter(images)
         return [[next(left) for _ in range(count)] for count in counts]
 
-    def _image_features(self, images: list, kwargs: dict) -> BatchFeature:
+    def _image_features(self, images, image_kwargs: dict) -> BatchFeature:
+        """The pixels of one image, a list, or a list of lists."""
+        images = [image for group in _as_list(images) for image in _as_list(group)]
+        if not images:
+            raise ValueError("The list of images is empty.")
         images = [load_image(image, f"image {index + 1} of {len(images)}") for index, image in enumerate(images)]
-        return self.image_processor(images, **{**kwargs["images_kwargs"], "return_tensors": kwargs["return_tensors"]})
+        return self.image_processor(images, **image_kwargs)
 
-    def _encode(self, samples, groups, kwargs: dict, with_labels: bool, alone: bool) -> BatchFeature:
+    def _encode(
+        self, samples, groups, text_kwargs: dict, image_kwargs: dict, with_labels: bool, alone: bool
+    ) -> BatchFeature:
         """Tokenizes samples of (text, supervised) pieces, pads them and adds the images.
 
         The pieces of a sample are tokenized one by one, so that no token can straddle the border of an answer.
         """
-        text_kwargs = dict(kwargs["text_kwargs"])
-        block = self.image_token * self.num_image_tokens
-        pieces = [piece.replace(self.image_token, block) for sample in samples for piece, _ in sample]
-        special = text_kwargs.pop("add_special_tokens", True)
-        padding = text_kwargs.pop("padding", False)
-        padding_side = text_kwargs.pop("padding_side", None)
-        truncation = text_kwargs.pop("truncation", None)
-        max_length = text_kwargs.pop("max_length", None)
-        multiple = text_kwargs.pop("pad_to_multiple_of", None)
-        piece_ids = iter(self.tokenizer(pieces, add_special_tokens=special, **text_kwargs)["input_ids"] if pieces else [])
+        truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
+        max_length = text_kwargs.get("max_length")
+        if truncation and max_length is None:
+            max_length = self.tokenizer.model_max_length
+        pieces = [piece for sample in samples for piece, _ in sample]
+        special = text_kwargs.get("add_special_tokens", True)
+        piece_ids = iter(self.tokenizer(pieces, add_special_tokens=special)["input_ids"] if pieces else [])
         rows, labels = [], []
-        for index, (sample, group) in enumerate(zip(samples, groups, strict=True)):
+        for number, (sample, group) in enumerate(zip(samples, groups, strict=True), start=1):
             ids, targets = [], []
             for _, supervised in sample:
-                tokens = next(piece_ids)
-                ids += tokens
-                targets += tokens if supervised else [IGNORE_INDEX] * len(tokens)
-            if truncation and max_length is not None and len(ids) > max_length:
+                for token in next(piece_ids):
+                    is_image = token == self.image_token_id
+                    length = self.num_image_tokens if is_image else 1
+                    ids += [token] * length
+                    targets += [token if supervised and not is_image else IGNORE_INDEX] * length
+            found, needed = ids.count(self.image_token_id), len(group) * self.num_image_tokens
+            if found != needed:
+                raise ValueError(
+                    f"Text {number} has {found // self.num_image_tokens} of {self.image_token} for {len(group)} image(s)."
+                )
+            if truncation and len(ids) > max_length:
                 kept = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
                 ids, targets = ids[kept], targets[kept]
-            found, wanted = ids.count(self.image_token_id), len(group) * self.num_image_tokens
-            if found != wanted:
-                raise ValueError(
-                    f"Text {index + 1} has {found} image tokens where its {len(group)} image(s) need {wanted}; "
-                    f"raise max_length (now {max_length}), or give one image for each {self.image_token}."
-                )
+                if ids.count(self.image_token_id) != needed:
+                    raise ValueError(
+                        f"max_length={max_length} would cut through the {needed} image tokens of text {number}; raise it."
+                    )
             rows.append(ids)
-            labels.append([IGNORE_INDEX if token == self.image_token_id else token for token in targets])
-        width = _padded_width([len(row) for row in rows], padding, max_length, multiple)
-        left = (padding_side or self.tokenizer.padding_side) == "left"
+            labels.append(targets)
+        width = _padded_width(
+            [len(row) for row in rows], text_kwargs.get("padding"), max_length, text_kwargs.get("pad_to_multiple_of")
+        )
+        left = (text_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
         pad_token_id = self.tokenizer.pad_token_id
         data = {
             "input_ids": _pad(rows, width, pad_token_id if pad_token_id is not None else 0, left),
@@ -348,20 +389,15 @@ class PrefixVLMProcessor(ProcessorMixin):
         }
         if with_labels:
             data["labels"] = _pad(labels, width, IGNORE_INDEX, left)
-        if alone and kwargs["return_tensors"] is None:
-            data = {name: rows[0] for name, rows in data.items()}
-        if images := [image for group in groups for image in group]:
-            data.update(self._image_features(images, kwargs))
-        return BatchFeature(data=data, tensor_type=kwargs["return_tensors"])
+        if alone and image_kwargs["return_tensors"] is None:
+            data = {name: values[0] for name, values in data.items()}
+        if any(groups):
+            data.update(self._image_features(groups, image_kwargs))
+        return BatchFeature(data=data, tensor_type=image_kwargs["return_tensors"])
 
-    def batch_decode(self, *args, **kwargs) -> list[str]:
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
-    def decode(self, *args, **kwargs) -> str:
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
         """Writes image processor, tokenizer, chat template, and the code that loads them without this package."""
+        push_kwargs = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs}
         files = super().save_pretrained(save_directory, **kwargs)
         # transformers 5 keeps the image processor inside processor_config.json, where 4.x does not look
         self.image_processor.save_pretrained(save_directory)
@@ -370,8 +406,8 @@ class PrefixVLMProcessor(ProcessorMixin):
             # as remote code, transformers itself copies the files beside this one
             importlib.import_module("..configuration.hub_export", __package__).export_code(save_directory)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"))
+            # only now, when every file is there
+            self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)
         return files
 
 
@@ -380,9 +416,24 @@ def _as_list(images) -> list:
 
 
 def _image_source(part: dict):
+    """What an image part holds, or `None` for a mere placeholder."""
     if part["type"] == "image_url":
-        return part["image_url"]["url"]
+        source = part["image_url"]
+        return source["url"] if isinstance(source, dict) else source
+    if part.get("base64") is not None:
+        return "data:;base64," + part["base64"]
     return next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
+
+
+def _broken_up(text: str, token: str) -> str:
+    return text.replace(token, f"{token[0]} {token[1:]}")
+
+
+def _is_supervised(labels):
+    """1 where a label is asked for, in the form the labels have: an array, a tensor, a list or a list of lists."""
+    if hasattr(labels, "shape"):
+        return (labels != IGNORE_INDEX) * 1
+    return [_is_supervised(label) if isinstance(label, list) else int(label != IGNORE_INDEX) for label in labels]
 
 
 def _split(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
@@ -396,10 +447,14 @@ def _split(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
 
 def _padded_width(lengths: list[int], padding, max_length: int | None, multiple: int | None) -> int:
     """How long every row is to be at least, for the `padding` of transformers' tokenizers."""
-    if padding is False or str(getattr(padding, "value", padding)) == "do_not_pad" or not lengths:
+    strategy = PaddingStrategy.LONGEST if padding is True else PaddingStrategy(padding or "do_not_pad")
+    if strategy == PaddingStrategy.DO_NOT_PAD or not lengths:
         return 0
-    to_maximum = str(getattr(padding, "value", padding)) == "max_length" and max_length is not None
-    width = max(max(lengths), max_length if to_maximum else 0)
+    width = max(lengths)
+    if strategy == PaddingStrategy.MAX_LENGTH:
+        if max_length is None:
+            raise ValueError("padding='max_length' needs a max_length.")
+        width = max(width, max_length)
     return -(-width // multiple) * multiple if multiple else width
 
 

@@ -81,18 +81,61 @@ def tiny_model(
 
 def random_batch(model, text_lengths, seed: int = 0, padding_side: str = "right") -> dict:
     """One image and so many words a row, padded on `padding_side`."""
+    return layout_batch(model, ["I" + "w" * length for length in text_lengths], seed, padding_side)
+
+
+def layout_batch(model, rows, seed: int = 0, padding_side: str = "right") -> dict:
+    """Rows such as "wIIww", where I is an image and w a random word, padded on `padding_side`."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     image_tokens, vocabulary = config.num_image_tokens, config.text_config.vocab_size
-    width = image_tokens + max(text_lengths)
-    input_ids = torch.zeros(len(text_lengths), width, dtype=torch.long)
+    width = max(len(image_numbers(row, image_tokens)) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    for row, length in enumerate(text_lengths):
-        words = torch.randint(FIRST_WORD, vocabulary, (length,), generator=generator)
-        tokens = torch.cat([torch.full((image_tokens,), config.image_token_id), words])
+    for index, row in enumerate(rows):
+        words = torch.randint(FIRST_WORD, vocabulary, (row.count("w"),), generator=generator)
+        tokens = torch.full((len(image_numbers(row, image_tokens)),), config.image_token_id)
+        tokens[torch.tensor(image_numbers(row, image_tokens)) == 0] = words
         places = slice(width - len(tokens), None) if padding_side == "left" else slice(len(tokens))
-        input_ids[row, places] = tokens
-        attention_mask[row, places] = 1
+        input_ids[index, places] = tokens
+        attention_mask[index, places] = 1
     size = config.vision_config.image_size
-    pixel_values = torch.randn(len(text_lengths), 3, size, size, generator=generator)
+    pixel_values = torch.randn("".join(rows).count("I"), 3, size, size, generator=generator)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+
+
+def image_numbers(row: str, image_tokens: int) -> list[int]:
+    """For each position of a row such as "wIIww" the number of its image from 1, and 0 at words."""
+    numbers = []
+    for place, piece in enumerate(row):
+        numbers += [row[: place + 1].count("I")] * image_tokens if piece == "I" else [0]
+    return numbers
+
+
+def row_alone(batch: dict, row: int, model) -> dict:
+    """One row of a batch without its padding, with its own images."""
+    is_image = batch["input_ids"] == model.config.image_token_id
+    first = int(is_image[:row].sum()) // model.config.num_image_tokens
+    count = int(is_image[row].sum()) // model.config.num_image_tokens
+    valid = batch["attention_mask"][row].bool()
+    alone = {name: batch[name][row : row + 1, valid] for name in ("input_ids", "attention_mask")}
+    return {**alone, "pixel_values": batch["pixel_values"][first : first + count] if count else None}
+
+
+def rule_mask(mode: str, images: list[int], valid=None, documents=None) -> torch.Tensor:
+    """Who may see whom among T positions, (T, T) bool: the rule of the design pair by pair, not the product's function."""
+    length = len(images)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for q in range(length):
+        for k in range(length):
+            opened = {
+                "causal": k <= q,
+                "prefix": k <= q or images[q] == images[k] != 0,
+                "prefix_all_images": k <= q or images[k] != 0,
+                "bidirectional": True,
+            }[mode]
+            same_document = documents is None or documents[q] == documents[k]
+            mask[q, k] = opened and same_document and (valid is None or valid[k])
+        if valid is not None and not valid[q]:
+            mask[q, q] = True
+    return mask

@@ -54,7 +54,7 @@ def facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
 
 
 def captions(split: str) -> list[Conversation]:
-    """A sentence of its facts for each picture: "a red circle", or "a circle" or "a red shape" where one is not known."""
+    """A sentence of its facts for each picture, such as "a red circle"; "shape" stands for an unknown shape."""
     samples = []
     for image, questions in questions_by_image(split).items():
         color, shape = facts(questions)

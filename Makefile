@@ -1,0 +1,30 @@
+# Everything a fresh machine needs: each target makes its own environment from the constraints file.
+# TRANSFORMERS=5 runs the same with transformers 5.
+PYTHON ?= python3
+TRANSFORMERS ?= 4
+VENV = .venv$(if $(filter-out 4,$(TRANSFORMERS)),-transformers$(TRANSFORMERS))
+CONSTRAINTS = constraints-transformers$(TRANSFORMERS).txt
+PYTEST_ARGS ?= -m "not slow"
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/installed
+	$(VENV)/bin/prefixvlm quickstart
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# torch goes first and by name: asked for by a range, pip may fetch gigabytes of another build
+.venv/installed .venv-transformers5/installed: $(CONSTRAINTS) setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-transformers5 build *.egg-info

@@ -1,0 +1,85 @@
+"""In causal mode the model is a LLaVA: with the same weights it must give what transformers' own class gives."""
+
+import pytest
+import torch
+from tiny import FIRST_WORD, layout_batch, tiny_config
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from prefixvlm import PrefixVLMForConditionalGeneration
+
+ROWS = ["Iwwwwww", "Iww", "wIwww"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    config = tiny_config("causal", tie_word_embeddings=False)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config.to_dict(),
+            text_config=config.text_config.to_dict(),
+            image_token_index=config.image_token_id,
+            image_seq_length=config.num_image_tokens,
+            projector_hidden_act="gelu",
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    # hidden_states[-1] of SigLIP is taken before post_layernorm on 4.x and 5.x alike, while our features are the paper's
+    # normed last hidden state; so LLaVA is handed that state where it looks for the features
+    llava.model.vision_tower.register_forward_hook(normed_features)
+    llava.generation_config.suppress_tokens = [config.image_token_id]  # as ours does
+
+    model = PrefixVLMForConditionalGeneration(config).eval()
+    model.vision_tower.load_state_dict(with_level(llava.model.vision_tower.state_dict()))
+    model.projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
+    model.language_model.model.load_state_dict(llava.model.language_model.state_dict())
+    model.language_model.lm_head.load_state_dict(llava.lm_head.state_dict())
+    return model, llava
+
+
+def normed_features(module, args, output):
+    output["hidden_states"] = (*output.hidden_states[:-1], output.last_hidden_state)
+    return output
+
+
+def with_level(weights: dict) -> dict:
+    """SigLIP's weights under the names we save, which have the level `vision_model` that transformers 5 dropped."""
+    return {name if name.startswith("vision_model.") else f"vision_model.{name}": value for name, value in weights.items()}
+
+
+def test_logits_and_loss_equal_llavas(pair):
+    model, llava = pair
+    batch = layout_batch(model, ROWS, seed=1, padding_side="right")
+    labels = batch["input_ids"].where((batch["input_ids"] >= FIRST_WORD) & batch["attention_mask"].bool(), -100)
+    with torch.no_grad():
+        ours, theirs = model(**batch, labels=labels), llava(**batch, labels=labels)
+    valid = batch["attention_mask"].bool()
+    difference = (ours.logits - theirs.logits)[valid].abs().max().item()
+    print(f"largest logit {theirs.logits[valid].abs().max():.2f}, largest difference {difference:.1e}")
+    print(f"loss {ours.loss:.6f} and {theirs.loss:.6f}")
+    assert difference <= 1e-5
+    assert abs(ours.loss - theirs.loss) <= 1e-5
+
+
+def test_greedy_answers_equal_llavas(pair):
+    model, llava = pair
+    batch = layout_batch(model, ROWS, seed=2, padding_side="left")
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    ours, theirs = model.generate(**batch, **settings), llava.generate(**batch, **settings)
+    assert torch.equal(ours, theirs)
+    answers = ours[:, batch["input_ids"].shape[1] :]
+    assert len({tuple(answer) for answer in answers.tolist()}) == len(ROWS)  # rows that answered alike would prove little
+
+
+def test_prefix_mode_is_not_llava(pair):
+    model, llava = pair
+    batch = layout_batch(model, ["Iww"], seed=3)
+    model.config.attention_mode = "prefix"
+    try:
+        with torch.no_grad():
+            difference = (model(**batch).logits - llava(**batch).logits).abs().max()
+    finally:
+        model.config.attention_mode = "causal"
+    assert difference > 1e-2

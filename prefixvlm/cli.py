@@ -75,6 +75,8 @@ def quickstart(options) -> None:
 
 
 def train(options) -> None:
+    import torch
+
     from prefixvlm.train.recipe import load_recipe
     from prefixvlm.train.run import run_recipe
 
@@ -83,7 +85,11 @@ def train(options) -> None:
         stages = None if options.stages is None else [int(number) for number in options.stages.split(",")]
     except ValueError as error:
         raise ValueError(f"--stages is {options.stages!r}; give numbers with commas between, such as 0,1.") from error
-    print(f"Saved to {run_recipe(recipe, stages)}")
+    try:
+        print(f"Saved to {run_recipe(recipe, stages)}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def generate(options) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from prefixvlm.configuration.hub_export import write_atomically
@@ -25,13 +26,22 @@ def stage_folder(output: Path, number: int) -> Path:
 
 @contextmanager
 def complete_or_absent(folder: Path):
-    """A folder to write into that takes the name `folder` at the end, replacing what was there; on an error it does not."""
+    """A folder to write into that takes the name `folder` at the end, replacing what was there; on an error it does not.
+
+    Of several processes the main one makes and renames it, while the others wait.
+    """
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if processes.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait_for_everyone()
     yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    processes.wait_for_everyone()
 
 
 def run_recipe(recipe: Recipe, only: list[int] | None = None) -> Path:
@@ -95,15 +105,18 @@ def train_stage(model, processor, stage_recipe: StageRecipe, dataset, recipe: Re
         )
         trainer.train()
         trainer.save_model(str(partial))
-        history = trainer.state.log_history
-        write_atomically(partial / "history.json", json.dumps(history, indent=1))
-        figures.save_loss_curve({f"stage {stage.number}": history}, partial / "loss.png")
+        if trainer.is_world_process_zero():
+            history = trainer.state.log_history
+            write_atomically(partial / "history.json", json.dumps(history, indent=1))
+            figures.save_loss_curve({f"stage {stage.number}": history}, partial / "loss.png")
 
 
 def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) -> TrainingArguments:
     """transformers' arguments for one stage; the schedule itself is `StageTrainer`'s."""
     stage = stage_recipe.stage
-    devices = max(1, int(os.environ.get("WORLD_SIZE", 1))) * max(1, torch.cuda.device_count() if _one_process() else 1)
+    devices = PartialState(cpu=not torch.cuda.is_available()).num_processes
+    if devices == 1:
+        devices = max(1, torch.cuda.device_count())  # one process drives all of them
     device_batch = min(stage_recipe.device_batch_size, stage.batch_size)
     if stage.batch_size % (device_batch * devices):
         raise ValueError(
@@ -132,10 +145,6 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
         seed=recipe.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-
-
-def _one_process() -> bool:
-    return "LOCAL_RANK" not in os.environ
 
 
 class _Indexable(torch.utils.data.Dataset):

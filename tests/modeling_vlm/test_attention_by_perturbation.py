@@ -12,8 +12,6 @@ from prefixvlm import PrefixVLMForConditionalGeneration
 from prefixvlm.configuration.configuration_prefix_vlm import ATTENTION_MODES
 
 LAYOUT = "wwIwwIw"  # text before, between and after two images
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
 all_modes = pytest.mark.parametrize("mode", ATTENTION_MODES)
 all_implementations = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
@@ -28,6 +26,12 @@ def states(model, batch) -> list[torch.Tensor]:
 @torch.no_grad()
 def logits(model, batch, **kwargs) -> torch.Tensor:
     return model(**batch, use_cache=False, **kwargs).logits
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = ""):
+    """To 1e-5 of the largest number: what fp32 keeps when sums are taken in another order."""
+    difference = (actual - expected).abs().max().item()
+    assert difference <= 1e-5 * max(1, expected.abs().max().item()), f"{name} differs by {difference:.1e}"
 
 
 def with_word_changed(batch: dict, row: int, place: int) -> dict:
@@ -87,7 +91,7 @@ def test_padding_changes_nothing(mode, attention, side):
     assert torch.isfinite(padded).all()
     for row in range(3):
         alone = logits(model, row_alone(batch, row, model))[0]
-        torch.testing.assert_close(padded[row, batch["attention_mask"][row].bool()], alone, **CLOSE)
+        assert_close(padded[row, batch["attention_mask"][row].bool()], alone)
     # what stands at a padded position reaches no position that counts
     padding = (batch["attention_mask"][1] == 0).nonzero().flatten()
     for place in padding.tolist():
@@ -122,10 +126,10 @@ def test_eager_equals_sdpa_in_outputs_and_gradients(mode):
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         results.append((outputs.logits[batch["attention_mask"].bool()], gradients))
     (sdpa_logits, sdpa_gradients), (eager_logits, eager_gradients) = results
-    torch.testing.assert_close(eager_logits, sdpa_logits, **CLOSE)
+    assert_close(eager_logits, sdpa_logits)
     assert set(sdpa_gradients) == set(eager_gradients)
     for name, gradient in sdpa_gradients.items():
-        torch.testing.assert_close(eager_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(eager_gradients[name], gradient, name)
 
 
 @all_modes
@@ -149,12 +153,12 @@ def test_packed_documents_are_as_if_alone(mode, attention):
     together = logits(model, packed)[0].split([*lengths, padding])
     hook.remove()
     for document, part in zip(documents, together, strict=False):
-        torch.testing.assert_close(part, logits(model, document)[0], **CLOSE)
+        assert_close(part, logits(model, document)[0])
     # counted anew in each document: rotary attention alone could not tell
     assert positions[0][0].tolist() == [place for length in [*lengths, padding] for place in range(length)]
     # and without document_ids they would see each other
     mixed = logits(model, {**packed, "document_ids": None})[0].split([*lengths, padding])
-    assert not torch.allclose(mixed[1], together[1], **CLOSE)
+    assert (mixed[1] - together[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])

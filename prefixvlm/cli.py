@@ -57,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help="folder")
     command.add_argument("repo", metavar="REPO", help="Hub id, e.g. somebody/my-model")
     command.add_argument("--private", action="store_true", help="create a private repository")
+
+    command = add("demo", demo, "open a web page that answers questions about pictures")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    command.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
     return top
 
 
@@ -93,24 +97,13 @@ def train(options) -> None:
 
 
 def generate(options) -> None:
-    from transformers import TextStreamer
-
+    from prefixvlm.answers import stream_answer
     from prefixvlm.train.model_building import load
 
     model, processor = load(options.model)
-    if options.prompt is None:
-        inputs = processor(images=options.image, text="", return_tensors="pt")
-    else:
-        content = [{"type": "image", "path": options.image}, {"type": "text", "text": options.prompt}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.eval().generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
+    for piece in stream_answer(model, processor, options.image, options.prompt, options.max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
 
 
 def masks(options) -> None:
@@ -136,3 +129,9 @@ def push(options) -> None:
     url = api.create_repo(options.repo, private=options.private, exist_ok=True)
     api.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=["checkpoint-*", "training_args.bin"])
     print(f"Uploaded to {url}")
+
+
+def demo(options) -> None:
+    from prefixvlm.demo import page
+
+    page(options.model).launch(server_port=options.port)

@@ -38,8 +38,10 @@ def load_image(source, name: str = "the image") -> Image.Image:
         name = getattr(source, "filename", "") or name
     try:
         image = _open(source)
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit and image.width * image.height > limit:
+        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if not pixels:
+            raise ValueError("it has no pixels")
+        if limit and pixels > limit:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, the limit is {limit}")
         return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:

@@ -27,7 +27,7 @@ def test_help_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("quickstart", "train", "generate", "masks", "info", "push"):
+    for command in ("quickstart", "train", "generate", "masks", "info", "push", "demo"):
         assert command in done.stdout
 
 
@@ -53,6 +53,7 @@ def test_module_runs():
         ["info", "{saved}/photo.png"],
         ["push", "{saved}/nothing", "somebody/model"],
         ["quickstart", "stages.2.nonsense=1"],
+        ["demo", "no/such/model"],
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
@@ -117,3 +118,17 @@ def test_push_uploads_the_folder(saved, monkeypatch, capsys):
     assert main(["push", str(saved), "somebody/model", "--private"]) == 0
     assert calls == [("create", "somebody/model", True), ("upload", "somebody/model", str(saved))]
     assert "hub/somebody/model" in capsys.readouterr().out
+
+
+def test_demo_page_answers(saved):
+    pytest.importorskip("gradio", reason="the web page is an extra")
+    from prefixvlm.demo import page
+
+    *_, last = page(str(saved)).fn(Image.open(saved / "photo.png"), "what is this?")
+    assert isinstance(last, str)
+
+
+def test_demo_without_gradio_says_what_to_install(saved, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", str(saved)]) == 2
+    assert "pip install 'prefixvlm[demo]'" in capsys.readouterr().err

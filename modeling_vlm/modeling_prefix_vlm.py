@@ -209,20 +209,20 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             return as_additive(mask, inputs_embeds.dtype)
         return mask
 
+    def _is_image(self, input_ids, inputs_embeds) -> torch.Tensor:
+        """(B, T) bool, where image features belong."""
+        if inputs_embeds is None:
+            return input_ids == self.config.image_token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(dim=-1)
+
     def _embed(self, input_ids, inputs_embeds, pixel_values, token_type_ids):
         """Text embeddings with the image features in their places, those places, and the features."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        embedding = self.get_input_embeddings()
-        if token_type_ids is not None:
-            is_image = token_type_ids.bool()
-        elif input_ids is not None:
-            is_image = input_ids == self.config.image_token_id
-        else:
-            placeholder = embedding(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
-            is_image = (inputs_embeds == placeholder).all(dim=-1)
+        is_image = self._is_image(input_ids, inputs_embeds) if token_type_ids is None else token_type_ids.bool()
         if inputs_embeds is None:
-            inputs_embeds = embedding(input_ids)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         image_hidden_states = None
         if pixel_values is not None:
             image_hidden_states = self.get_image_features(pixel_values).to(inputs_embeds.dtype)
@@ -463,17 +463,34 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, inputs_embeds=None, pixel_values=None, token_type_ids=None, **kwargs
     ):
-        if inputs_embeds is None:
-            # carries the image positions to `create_masks_for_generate`, which sees no token ids
-            token_type_ids = (input_ids == self.config.image_token_id).long()
-        if token_type_ids is not None:
-            kwargs["token_type_ids"] = token_type_ids
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
         past, _ = _cache_lengths(past_key_values, 0)
+        if token_type_ids is None or past > 0:
+            # carries the image positions to `create_masks_for_generate`, which sees no token ids; embeddings stand for
+            # the prompt alone, so once it lies in the cache the ids speak
+            token_type_ids = self._is_image(input_ids, inputs_embeds if past == 0 else None).long()
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            **kwargs,
+        )
         model_inputs["pixel_values"] = pixel_values if past == 0 else None
         return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats every sample for beams; the images of a sample stay together, as their tokens do."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None:
+            is_image = self._is_image(input_ids, model_kwargs.get("inputs_embeds"))
+            images = (is_image.sum(dim=-1) // self.config.num_image_tokens).tolist()
+            pixel_values = pixel_values.flatten(0, -4)
+            if sum(images) == len(pixel_values):  # else forward says what is wrong
+                pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in pixel_values.split(images)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "pixel_values": pixel_values}
 
     def create_masks_for_generate(self, attention_mask, past_key_values, token_type_ids, **kwargs):
         """The mask `generate` prepares in advance for a static cache; by default it would be causal."""

@@ -26,7 +26,7 @@ IMAGE_PARTS = ("image", "image_url")  # of a message
 
 # the arguments that transformers knows for tokenizers and image processors
 TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__)
-IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__)
+IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__) | {"do_convert_rgb"}
 
 # ChatML, with the image before the first turn as the paper's sequence asks: <im>*P INST1 ans1 INST2 ans2 (section III-D).
 # Of several images, those that open the first message go to the front and the others stay where they were put.

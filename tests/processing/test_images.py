@@ -317,6 +317,6 @@ def test_the_processor_names_the_image_that_is_bad(tmp_path):
             processor(images=images, text=["a"] * len(images))
     with pytest.raises(ValueError, match=r"^image 2 of 3 cannot be read"):
         processor(images=[[good], [bad.read_bytes(), good]], text=["a", "b"])
+    messages = [{"role": "user", "content": [{"type": "image", "image": image} for image in (good, bad.read_bytes())]}]
     with pytest.raises(ValueError, match=r"^image 2 of 2 cannot be read"):
-        content = [{"type": "image", "image": good}, {"type": "image", "image": bad.read_bytes()}]
-        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+        processor.apply_chat_template(messages, tokenize=True)

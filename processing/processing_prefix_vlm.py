@@ -267,19 +267,26 @@ class PrefixVLMProcessor(ProcessorMixin):
             if isinstance(content, str):
                 content = self.as_typed(content)
             else:
-                content = [self._clean_part(part) for part in content]
+                content = self._clean_parts(content)
                 sources = [_image_source(part) for part in content if part["type"] in IMAGE_PARTS]
                 images += [source for source in sources if source is not None]
             cleaned.append({**message, "content": content})
         return cleaned, images
 
-    def _clean_part(self, part: dict) -> dict:
-        kind = part.get("type")
-        if kind == "text":
-            return {"type": "text", "text": self.as_typed(part.get("text") or "")}
-        if kind in IMAGE_PARTS:
-            return part
-        raise ValueError(f"A message part is of type {kind!r}; PrefixVLM reads text and image.")
+    def _clean_parts(self, parts: list[dict]) -> list[dict]:
+        cleaned, before = [], ""
+        for part in parts:
+            kind = part.get("type")
+            if kind == "text":
+                text = self.as_typed(part.get("text") or "")
+                if before and self.as_typed(before + text) != before + text:  # a token typed in two halves
+                    text = " " + text
+                before += text
+                part = {"type": "text", "text": text}
+            elif kind not in IMAGE_PARTS:
+                raise ValueError(f"A message part is of type {kind!r}; PrefixVLM reads text and image.")
+            cleaned.append(part)
+        return cleaned
 
     def as_typed(self, text: str) -> str:
         """The text with the control tokens in it kept as words."""

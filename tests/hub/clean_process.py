@@ -8,6 +8,8 @@ A job names the modules to block, an image, the folders to measure, and what els
 
 import json
 import os
+import runpy
+import shutil
 import sys
 
 QUESTIONS = ("Is it red?", "Why, and what is é? <|image_pad|>")
@@ -50,6 +52,16 @@ def main(job: dict) -> dict:
         result[name] = measure(model, processor, image)
         for part in (model, model.config, processor):
             assert type(part).__module__.startswith("transformers_modules."), type(part).__module__
+    if folder := job.get("repository"):
+        # as if it had been downloaded from the Hub
+        cache = os.path.join(os.environ["HF_HOME"], "hub", "models--someone--vlm-0.5b")
+        shutil.copytree(folder, os.path.join(cache, "snapshots", "1" * 40))
+        os.mkdir(os.path.join(cache, "refs"))
+        with open(os.path.join(cache, "refs", "main"), "w") as file:
+            file.write("1" * 40)
+        model = AutoModel.from_pretrained("someone/vlm-0.5b", **load).eval()
+        processor = AutoProcessor.from_pretrained("someone/vlm-0.5b", trust_remote_code=True)
+        result["repository"] = measure(model, processor, image)
     if folder := job.get("every_auto_class"):
         # 5.x has no AutoModelForVision2Seq
         with open(f"{folder}/config.json", encoding="utf-8") as file:
@@ -85,10 +97,8 @@ def main(job: dict) -> dict:
     if job.get("save"):
         # the other way round: this version of transformers saves, with the package
         del sys.modules["prefixvlm"]
-        sys.path.insert(0, job["save"]["helpers"])
-        from tiny import tiny_model, tiny_processor
-
-        model, processor = tiny_model(seed=1), tiny_processor()
+        tiny = runpy.run_path(job["save"]["tiny"])
+        model, processor = tiny["tiny_model"](), tiny["tiny_processor"]()
         model.save_pretrained(job["save"]["folder"])
         processor.save_pretrained(job["save"]["folder"])
         result["saved"] = measure(model, processor, image)

@@ -6,7 +6,7 @@ is 0 too), and a row of a matrix product does not depend on the other rows as lo
 
 import pytest
 import torch
-from tiny import FIRST_WORD, image_numbers, layout_batch, random_batch, row_alone, rule_mask, tiny_model
+from tiny import FIRST_WORD, image_numbers, layout_batch, random_batch, row_alone, rule_mask, tiny_config, tiny_model
 
 from prefixvlm import PrefixVLMForConditionalGeneration
 from prefixvlm.configuration.configuration_prefix_vlm import ATTENTION_MODES
@@ -169,8 +169,12 @@ def test_kernels_that_drop_a_dense_mask_are_refused(attention):
 
 
 def test_kernels_that_drop_a_dense_mask_are_refused_also_for_the_decoder_alone():
-    config = tiny_model().config
+    def build_and_mask():
+        model = PrefixVLMForConditionalGeneration._from_config(
+            tiny_config(), attn_implementation={"text_config": "flex_attention"}
+        )
+        # (a whole forward pass of flex_attention with a dense mask ends Python itself on a CPU)
+        model._update_causal_mask(None, torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 3, 48))
+
     with pytest.raises(ValueError, match=r"flex_attention|sdpa"):
-        model = PrefixVLMForConditionalGeneration._from_config(config, attn_implementation={"text_config": "flex_attention"})
-        embeds = torch.zeros(1, 3, 48)
-        model._update_causal_mask(None, torch.zeros(1, 3, dtype=torch.bool), embeds)
+        build_and_mask()

@@ -4,16 +4,28 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import FIRST_WORD, IMAGE_TOKEN_ID, layout_batch, random_batch, row_alone, tiny_model, tiny_processor, tiny_tokenizer
+from tiny import (
+    FIRST_WORD,
+    IMAGE_TOKEN_ID,
+    layout_batch,
+    random_batch,
+    row_alone,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, pipeline, set_seed
 
 NEW_TOKENS = 6
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 CACHE_MODES = ("causal", "prefix", "prefix_all_images")
 ASCII_LETTERS = [tiny_tokenizer().convert_tokens_to_ids(letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
+
+# the same examples each time, since two words may be as good as equally likely; shrinking would take minutes
+GENERATION = {"deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate]}
 
 cache_modes = pytest.mark.parametrize("mode", CACHE_MODES)
 MODELS = {mode: tiny_model(mode) for mode in (*CACHE_MODES, "bidirectional")}
@@ -24,7 +36,16 @@ for _model in MODELS.values():
 def answers(model, batch: dict, **kwargs) -> list[list[int]]:
     """The new tokens of each row, greedy unless told otherwise."""
     output = model.generate(**batch, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **kwargs})
-    return output[:, batch["input_ids"].shape[1] :].tolist()
+    return output[:, batch["input_ids"].shape[1] if "input_ids" in batch else 0 :].tolist()
+
+
+@torch.no_grad()
+def with_features(model, batch: dict) -> dict:
+    """The same input as embeddings that already hold the image features."""
+    is_image = batch["input_ids"] == IMAGE_TOKEN_ID
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    embeds = embeds.masked_scatter(is_image[..., None], model.get_image_features(batch["pixel_values"]))
+    return {"inputs_embeds": embeds, "token_type_ids": is_image.long(), "attention_mask": batch["attention_mask"]}
 
 
 def red_image() -> Image.Image:
@@ -36,7 +57,7 @@ def red_image() -> Image.Image:
     seed=st.integers(0, 10_000),
     rows=st.lists(st.from_regex(r"w{0,2}(Iw{1,3}){1,2}", fullmatch=True), min_size=2, max_size=3),
 )
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, **GENERATION)
 def test_cached_uncached_static_batched_and_alone_agree(mode, seed, rows):
     model = MODELS[mode]
     batch = layout_batch(model, rows, seed=seed, padding_side="left")
@@ -58,7 +79,7 @@ def test_eager_attention_agrees(mode):
 
 @cache_modes
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3, **GENERATION)
 def test_beam_search_agrees(mode, seed):
     model = MODELS[mode]
     batch = random_batch(model, [3, 5], seed=seed, padding_side="left")
@@ -70,16 +91,15 @@ def test_beam_search_agrees(mode, seed):
 
 @pytest.mark.parametrize("repeated", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_beam_search_keeps_the_images_of_a_row_together(repeated):
-    # rows with different numbers of images, so that repeating each image in place cannot come out right by chance
     model = MODELS["prefix"]
+    # rows with different numbers of images, so that repeating each image in place cannot come out right by chance
     batch = layout_batch(model, ["IwIww", "Iww", "IIw"], seed=2, padding_side="left")
-    alone = []
-    for row in range(3):
-        alone += answers(model, {**row_alone(batch, row, model)}, **repeated)
-        one = row_alone(batch, row, model)
-        # images as (B, n, C, H, W) are repeated row by row by transformers itself
-        assert answers(model, {**one, "pixel_values": one["pixel_values"][None]}, **repeated) == alone[-len(alone) // (row + 1) :]
-    assert answers(model, batch, **repeated) == alone
+    expected = answers(model, with_features(model, batch), **repeated)  # features inside a row cannot part from it
+    assert answers(model, batch, **repeated) == expected
+    rows = [row_alone(batch, row, model) for row in range(3)]
+    assert [answer for row in rows for answer in answers(model, row, **repeated)] == expected
+    nested = [{**row, "pixel_values": row["pixel_values"][None]} for row in rows]
+    assert [answer for row in nested for answer in answers(model, row, **repeated)] == expected
 
 
 def test_several_samples_of_a_row_see_that_rows_images():
@@ -105,7 +125,8 @@ def test_prompt_lookup_agrees():
     model = MODELS["prefix"]
     batch = random_batch(model, [6], seed=5)
     batch["input_ids"][0, -3:] = batch["input_ids"][0, 4:7]  # a repetition to look up
-    assert answers(model, batch, prompt_lookup_num_tokens=2) == answers(model, batch, use_cache=False)
+    lookup = answers(model, batch, prompt_lookup_num_tokens=2, eos_token_id=0)  # 4.x needs an end token for this
+    assert lookup == answers(model, batch, use_cache=False, eos_token_id=0)
 
 
 def test_streamed_text_is_the_text():
@@ -174,9 +195,8 @@ def test_the_image_token_is_never_generated(settings, tmp_path):
         output = candidate.generate(**batch, **{**plain, **settings})[:, batch["input_ids"].shape[1] :]
         assert output.shape[1] >= 1
         assert not (output == IMAGE_TOKEN_ID).any()
-    # without the rule it would be all that comes out
-    candidate.generation_config.suppress_tokens = None
-    assert answers(candidate, batch) == [[IMAGE_TOKEN_ID] * NEW_TOKENS] * 2
+        # though it is what the model holds likeliest
+        assert candidate(**batch).logits[:, -1].argmax(-1).tolist() == [IMAGE_TOKEN_ID] * 2
 
 
 def test_bidirectional_model_refuses_a_cache():
@@ -250,30 +270,13 @@ def test_embeddings_instead_of_ids_give_the_same_answer(mode, settings):
     model = MODELS[mode]
     batch = layout_batch(model, ["wIwIw", "Iww"], seed=13, padding_side="left")
     expected = answers(model, batch, use_cache=False)
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    plain = {"attention_mask": batch["attention_mask"], "max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
-    assert model.generate(inputs_embeds=embeds, pixel_values=batch["pixel_values"], **plain).tolist() == expected
-
-
-@cache_modes
-@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, STATIC], ids=["dynamic", "uncached", "static"])
-@torch.no_grad()
-def test_embeddings_that_hold_the_images_give_the_same_answer(mode, settings):
-    model = MODELS[mode]
-    batch = layout_batch(model, ["wIwIw", "Iww"], seed=14, padding_side="left")
-    expected = answers(model, batch, use_cache=False)
-    is_image = batch["input_ids"] == IMAGE_TOKEN_ID
-    features = model.get_image_features(batch["pixel_values"])
-    embeds = model.get_input_embeddings()(batch["input_ids"]).masked_scatter(is_image[..., None], features)
-    output = model.generate(
-        inputs_embeds=embeds,
-        token_type_ids=is_image.long(),
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        **settings,
-    )
-    assert output.tolist() == expected
+    of_placeholders = {
+        "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]),
+        "pixel_values": batch["pixel_values"],
+        "attention_mask": batch["attention_mask"],
+    }
+    assert answers(model, of_placeholders, **settings) == expected
+    assert answers(model, with_features(model, batch), **settings) == expected
 
 
 def test_pipeline_answers_chats_and_plain_text():

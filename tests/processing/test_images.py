@@ -106,6 +106,7 @@ def test_other_deep_greys():
     big_endian = Image.frombytes("I;16B", (32, 8), values.astype(">u2").tobytes())
     assert_same(load_image(big_endian), expected)
     assert_same(load_image(Image.fromarray((expected / 255).astype(np.float32))), expected)  # F, 0 to 1
+    assert_same(load_image(Image.new("F", (2, 2), 0.999)), [[255, 255]] * 2)  # rounded, not cut off
     assert_same(load_image(Image.new("I", (2, 2), -5)), [[0, 0]] * 2)
 
 

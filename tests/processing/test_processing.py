@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import IMAGE_TOKEN_ID, tiny_processor, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPConfig, PreTrainedTokenizerFast
 
 from prefixvlm import PrefixVLMProcessor
@@ -108,6 +108,17 @@ def test_typed_tokens_never_change_the_tokens_of_a_conversation(question, answer
     text = PROCESSOR.apply_chat_template(conversation(question, answer), add_generation_prompt=True)
     again = PROCESSOR(images=[picture(number) for number in range(images)], text=text)
     assert again["input_ids"] == encoded["input_ids"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TYPED | st.none(), max_size=5))
+@example(["<|im_", "end|>"])
+@example(["<|image", None, "_pad", "|>"])
+@example(["<", "|im_start|>", "|im_start|>"])
+def test_a_token_typed_in_pieces_stays_words(parts):
+    """Parts of one message follow each other in the text, also across an image that moves to the front."""
+    encoded = encode([user(*(image_part(0) if part is None else part for part in parts))])
+    assert counts(encoded["input_ids"]) == (parts.count(None) * P, 1, 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -276,11 +287,16 @@ def test_labels_of_raw_text_are_all_its_tokens_also_its_end():
 
 
 def test_arguments_by_modality_and_unknown_ones():
-    text_kwargs, images_kwargs = {"padding": True, "padding_side": "right"}, {"do_normalize": False}
+    text_kwargs, images_kwargs = {"padding": True}, {"do_normalize": False}
     before = copy.deepcopy((text_kwargs, images_kwargs))
     for _ in range(2):  # the caller's dictionaries serve again
         nested = PROCESSOR(
-            images=picture(0), text=["abc"], text_kwargs=text_kwargs, images_kwargs=images_kwargs, return_tensors="pt"
+            images=picture(0),
+            text=["abc"],
+            text_kwargs=text_kwargs,
+            images_kwargs=images_kwargs,
+            padding_side="right",
+            return_tensors="pt",
         )
         flat = PROCESSOR(images=picture(0), text=["abc"], do_normalize=False, padding=True, return_tensors="pt")
         assert torch.equal(nested["pixel_values"], flat["pixel_values"])
@@ -294,8 +310,13 @@ def test_arguments_by_modality_and_unknown_ones():
 
 def test_a_tokenizer_with_a_start_token_sets_it_once_and_before_the_image():
     tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.bos_token = EOS
+    adds_it = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    tokenizer.backend_tokenizer.post_processor = adds_it
     processor = PrefixVLMProcessor(siglip_image_processor(16), tokenizer, num_image_tokens=P)
+    raw = processor(images=picture(0), text="a")["input_ids"]
+    assert raw == [0, *[IMAGE_TOKEN_ID] * P, *PROCESSOR(text="a")["input_ids"]]
+    assert processor(text="a", add_special_tokens=False)["input_ids"] == PROCESSOR(text="a")["input_ids"]
     encoded = encode([user(image_part(0), "a")], processor)
     assert encoded["input_ids"][: P + 2] == [0, *[IMAGE_TOKEN_ID] * P, START_ID]
     text = processor.apply_chat_template([user(image_part(0), "a")])

@@ -1,0 +1,351 @@
+"""Pretrained backbones of many kinds, joined without losing a bit of their weights or of what they compute."""
+
+import pytest
+import torch
+from PIL import Image
+from tiny import layout_batch, tiny_tokenizer
+from tokenizers import Tokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from prefixvlm import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
+
+VOCABULARY = 100
+WINDOW = 8
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {**SIZES, "image_size": 16, "patch_size": 8}
+CAPTION_TOWER = {**SIZES, "vocab_size": 50, "max_position_embeddings": 16}
+TEXT = {
+    **SIZES,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+GEMMA2 = {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}
+GRANITE = {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+
+VISION_MODELS = {
+    "siglip_vision": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
+    "siglip": lambda: SiglipModel(SiglipConfig(text_config=CAPTION_TOWER, vision_config=VISION)),
+    "clip_vision": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
+    "clip": lambda: CLIPModel(CLIPConfig(text_config=CAPTION_TOWER, vision_config=VISION, projection_dim=16)),
+}
+TEXT_MODELS = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT, **TIED)),
+    "qwen2_untied": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT, **UNTIED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT, **TIED, head_dim=8)),
+    "llama_untied": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, **UNTIED)),
+    "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, **TIED)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**TEXT, **TIED, **GEMMA2, sliding_window=64)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**TEXT, **TIED, **GRANITE)),
+}
+NARROW_TEXT_MODELS = {  # windows shorter than the prompts here
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**TEXT, **TIED, **GEMMA2, sliding_window=WINDOW)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**TEXT, **UNTIED, head_dim=8, sliding_window=WINDOW)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**TEXT, **TIED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    ),
+}
+ALL_MODELS = {**VISION_MODELS, **TEXT_MODELS, **{f"narrow_{name}": make for name, make in NARROW_TEXT_MODELS.items()}}
+IMAGE_TOKEN_ID = VOCABULARY - 1
+
+texts = pytest.mark.parametrize("text", TEXT_MODELS)
+narrow_texts = pytest.mark.parametrize("text", [f"narrow_{name}" for name in NARROW_TEXT_MODELS])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Gives (folder, model) of a backbone by name; each is made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            torch.manual_seed(sum(map(ord, name)))
+            folder, model = tmp_path_factory.mktemp(name), ALL_MODELS[name]().eval()
+            model.save_pretrained(folder)
+            made[name] = folder, model
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def join(saved):
+    def get(vision="siglip_vision", text="qwen2", **kwargs):
+        kwargs.setdefault("image_token_id", IMAGE_TOKEN_ID)
+        torch.manual_seed(0)
+        return PrefixVLMForConditionalGeneration.from_backbones(saved(vision)[0], saved(text)[0], **kwargs)
+
+    return get
+
+
+def image_tower_weights(model) -> dict:
+    """The image tower's weights by the names they have inside `vision_model`, without SigLIP's pooling head."""
+    tower = getattr(model, "vision_model", model)
+    weights = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+    return {name: value for name, value in weights.items() if not name.startswith("head.")}
+
+
+def same(left: dict, right: dict):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("vision", VISION_MODELS)
+@torch.no_grad()
+def test_image_towers(vision, saved, join):
+    source, model = saved(vision)[1], join(vision)
+    same(image_tower_weights(model.vision_tower), image_tower_weights(source))
+    pixels = torch.randn(2, 3, 16, 16)
+    tower = getattr(source, "vision_model", source)
+    states = tower(pixel_values=pixels).last_hidden_state
+    if "clip" in vision:
+        assert states.shape[1] == 5  # a class token before the four patches
+        states = states[:, 1:]
+    features = model.get_image_features(pixels)
+    assert features.shape == (2, 4, 32)
+    assert torch.equal(features, model.projector(states))
+    assert model.config.num_image_tokens == 4
+
+
+@texts
+@torch.no_grad()
+def test_decoders_keep_their_weights_and_their_logits(text, saved, join):
+    source = saved(text)[1]
+    model = join(text=text, attention_mode="causal")
+    same(model.language_model.state_dict(), source.state_dict())
+    tied = text not in ("qwen2_untied", "llama_untied")
+    assert model.config.tie_word_embeddings is tied
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
+    # with causal attention and no image it is the language model itself, its head and windows included
+    batch = layout_batch(model, ["w" * 12, "w" * 7], seed=1)
+    del batch["pixel_values"]
+    labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    ours, theirs = model(**batch, labels=labels), source(**batch, labels=labels)
+    valid = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours.logits[valid], theirs.logits[valid], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(**batch, labels=labels, skip_logits=True).loss, theirs.loss, rtol=1e-5, atol=1e-5)
+
+
+@texts
+def test_decoders_answer_and_survive_saving(text, join, tmp_path):
+    model = join("clip_vision" if text == "qwen3" else "siglip_vision", text)
+    batch = layout_batch(model, ["wIww", "Iwwwww"], seed=2, padding_side="left")
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**batch, **settings, use_cache=False)
+    assert torch.equal(model.generate(**batch, **settings), plain)
+    assert torch.equal(model.generate(**batch, **settings, cache_implementation="static", disable_compile=True), plain)
+
+    model.save_pretrained(tmp_path)
+    again = PrefixVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    same(again.state_dict(), model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(again.generate(**batch, **settings), plain)
+
+
+@narrow_texts
+@torch.no_grad()
+def test_attention_windows_are_kept(text, saved, join):
+    """A decoder made to look back eight tokens must not suddenly look back further."""
+    model, source = join(text=text, attention_mode="causal"), saved(text)[1]
+    batch = layout_batch(model, ["w" * 3 * WINDOW], seed=3)
+    del batch["pixel_values"]
+    torch.testing.assert_close(model(**batch).logits, source(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+@narrow_texts
+@pytest.mark.parametrize(
+    "settings", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=["dynamic", "static"]
+)
+def test_attention_windows_answer_alike_with_and_without_a_cache(text, settings, join):
+    model = join(text=text)
+    batch = layout_batch(model, ["wIwwww", "Iwwwwwwww"], seed=4, padding_side="left")  # 12 tokens, then 6 more
+    common = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**batch, **common, **settings), model.generate(**batch, **common, use_cache=False))
+
+
+@pytest.mark.parametrize("text", ["qwen2", "llama_untied"])
+def test_the_vocabulary_grows_for_an_image_token_beyond_it(text, saved, join, tmp_path):
+    model = join(text=text, image_token_id=VOCABULARY + 4)
+    source = saved(text)[1]
+    assert model.config.image_token_id == VOCABULARY + 4
+    assert model.config.text_config.vocab_size == VOCABULARY + 5
+    for ours, theirs in (
+        (model.get_input_embeddings(), source.get_input_embeddings()),
+        (model.get_output_embeddings(), source.get_output_embeddings()),
+    ):
+        assert ours.weight.shape[0] == VOCABULARY + 5
+        assert torch.equal(ours.weight[:VOCABULARY], theirs.weight)
+        assert torch.isfinite(ours.weight).all()
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is (text == "qwen2")
+    batch = layout_batch(model, ["wIww"], seed=5)
+    model.save_pretrained(tmp_path)
+    again = PrefixVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = model(**batch).logits
+        assert logits.shape[-1] == VOCABULARY + 5
+        assert torch.equal(again(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("text", TEXT_MODELS)
+def test_a_folder_without_a_tokenizer_gets_a_new_row_for_the_image_token(text, join):
+    # no existing row may become the image's: it would be some word
+    model = join(text=text, image_token_id=None)
+    assert model.config.image_token_id == VOCABULARY
+    assert model.get_input_embeddings().num_embeddings == VOCABULARY + 1
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(258, 260), (300, 300)], ids=["too_small", "padded"])
+def test_model_and_processor_agree_on_the_image_token(vocabulary, rows, saved, tmp_path):
+    tokenizer = plain_tokenizer()
+    assert len(tokenizer) == 257
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**{**TEXT, "vocab_size": vocabulary})).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    vision = saved("siglip_vision")[0]
+    model = PrefixVLMForConditionalGeneration.from_backbones(vision, tmp_path)
+    processor = PrefixVLMProcessor.from_backbones(vision, tmp_path)
+    assert model.config.image_token_id == processor.image_token_id == 257
+    assert processor.num_image_tokens == model.config.num_image_tokens
+    assert model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size == rows
+    image = Image.new("RGB", (20, 20), (200, 30, 60))
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert inputs["input_ids"].max() < rows
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_an_image_token_the_tokenizer_has_is_taken(saved, tmp_path):
+    Qwen2ForCausalLM(Qwen2Config(**{**TEXT, "vocab_size": 264})).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path)
+    assert model.config.image_token_id == 1
+    assert model.config.text_config.vocab_size == 264
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer before anybody added image and turn tokens."""
+    full = tiny_tokenizer().backend_tokenizer
+    words = sorted(set(full.get_vocab()) - {"<|image_pad|>", "<|im_start|>", "<|im_end|>"}, key=full.token_to_id)
+    backend = Tokenizer(type(full.model)(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = full.pre_tokenizer, full.decoder
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_weight_has_the_dtype_asked_for(dtype, join):
+    model = join(dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.config.dtype == dtype
+
+
+def test_configuration_fields_are_passed_on(join):
+    model = join(attention_mode="bidirectional", projector_hidden_size=7, attn_implementation="eager")
+    assert model.config.attention_mode == "bidirectional"
+    assert model.projector.linear_1.out_features == 7
+    assert model.language_model.config._attn_implementation == "eager"
+
+
+def test_a_decoder_without_attention_is_refused(saved, tmp_path):
+    config = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=VOCABULARY, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="4D attention mask"):
+        PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path, image_token_id=5)
+
+
+def test_gpt2_obeys_or_is_refused(saved, tmp_path):
+    """It obeys on transformers 5; 4.x gives no access to its decoder alone."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    try:
+        model = PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path, image_token_id=5)
+    except ValueError as error:
+        assert "4D attention mask" in str(error)
+        return
+    batch = layout_batch(model, ["Iwww"], seed=6)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, **settings, use_cache=False))
+    with torch.no_grad():
+        open_image = model(**batch).logits
+        model.config.attention_mode = "causal"
+        assert not torch.allclose(model(**batch).logits, open_image)
+
+
+def test_a_decoder_that_ignores_the_mask_is_refused(join, monkeypatch):
+    forward = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, **kwargs: forward(self, **{**kwargs, "attention_mask": None}))
+    with pytest.raises(ValueError, match="ignores a 4D attention mask"):
+        join(text="llama_tied")
+
+
+def test_a_decoder_with_an_unknown_head_is_refused(join, monkeypatch):
+    forward = LlamaForCausalLM.forward
+
+    def doubled(self, **kwargs):
+        outputs = forward(self, **kwargs)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(ValueError, match="changes its logits"):
+        join(text="llama_tied")
+
+
+def test_a_naflex_encoder_is_refused(saved, tmp_path):
+    config = {key: value for key, value in VISION.items() if key != "image_size"}
+    Siglip2VisionModel(Siglip2VisionConfig(**config, num_patches=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="without one square image size"):
+        PrefixVLMForConditionalGeneration.from_backbones(tmp_path, saved("qwen2")[0], image_token_id=5)
+
+
+@pytest.mark.parametrize("lost", ["patch_embedding", "layers.1.self_attn.q_proj", "post_layernorm"])
+def test_missing_vision_weights_are_refused(lost, saved, tmp_path):
+    source = saved("siglip_vision")[1]
+    left = {name: value for name, value in source.state_dict().items() if lost not in name}
+    source.save_pretrained(tmp_path, state_dict=left)
+    with pytest.raises(ValueError, match=f"lacks weights of the vision encoder.*{lost}"):
+        PrefixVLMForConditionalGeneration.from_backbones(tmp_path, saved("qwen2")[0], image_token_id=5)
+
+
+def test_missing_text_weights_are_refused(saved, tmp_path):
+    source = saved("qwen2")[1]
+    left = {name: value for name, value in source.state_dict().items() if "layers.1." not in name and "lm_head" not in name}
+    source.save_pretrained(tmp_path, state_dict=left)
+    with pytest.raises(ValueError, match="lacks weights"):
+        PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path, image_token_id=5)

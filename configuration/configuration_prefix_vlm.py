@@ -85,8 +85,13 @@ def _readable_text_config(values: dict) -> dict:
         return values
     values = {key: value for key, value in values.items() if key != "rope_parameters"}
     rope = dict(rope)
-    if "rope_theta" in rope:
-        values["rope_theta"] = rope.pop("rope_theta")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(
+            "This decoder rotates its layers in several ways, which only transformers 5 can read; upgrade to it."
+        )
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            values[name] = rope.pop(name)
     values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     return values
 

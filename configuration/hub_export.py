@@ -96,6 +96,7 @@ def model_card(model) -> str:
         text_type=config.text_config.model_type,
         text_shape=f"{config.text_config.num_hidden_layers} layers of {config.text_config.hidden_size}",
         attention_mode=config.attention_mode,
+        projector_act=config.projector_hidden_act,
         vision_parameters=f"{count['vision_tower']:,}",
         projector_parameters=f"{count['projector']:,}",
         text_parameters=f"{count['language_model']:,}",

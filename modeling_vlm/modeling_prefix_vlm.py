@@ -33,6 +33,8 @@ from ..configuration.configuration_prefix_vlm import (
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 
 IGNORE_INDEX = -100
+# what a push takes and a mere save does not
+PUSH_KWARGS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "token")
 
 
 @dataclass
@@ -124,15 +126,24 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
         """Writes a complete Hub repository: weights, configuration, and the code that loads them without this package."""
+        push_kwargs = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and not __name__.startswith("transformers_modules"):
-            # as remote code, transformers itself copies the files beside this one
-            importlib.import_module("..configuration.hub_export", __package__).export(self, save_directory)
+        if kwargs.get("is_main_process", True):
+            self._complete_repository(save_directory)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"))
+            # transformers 4 would split a path object here, and 5 hand `revision` to a call that does not know it
+            self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # every way to push ends here, after transformers has put an empty card into the folder
+        self._complete_repository(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _complete_repository(self, folder):
+        if not __name__.startswith("transformers_modules"):  # as remote code, transformers copies the files beside this one
+            importlib.import_module("..configuration.hub_export", __package__).export(self, folder)
 
 
 class PrefixVLMModel(PrefixVLMPreTrainedModel):
@@ -144,6 +155,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
     def __init__(self, config: PrefixVLMConfig, vision_model=None, language_model=None):
         super().__init__(config)
+        for given in (vision_model, language_model):
+            for module in given.modules() if given is not None else ():
+                module._is_hf_initialized = True  # else post_init on 4.x draws anew what resizing has replaced
         if vision_model is None:
             vision_model = AutoModel.from_config(config.vision_config)
         if language_model is None:
@@ -178,7 +192,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         # encoders of the CLIP kind put a class token before the patches
         return self.projector(features[:, -self.config.num_image_tokens :])
 
-    def _update_causal_mask(self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None):
+    def _update_causal_mask(
+        self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None, cache_position=None
+    ):
         """The 4D mask of this forward pass, in the form the attention implementation reads.
 
         Args:
@@ -188,13 +204,20 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             inputs_embeds: (B, T, ...), read for its shape and dtype only.
             past_key_values: the cache; its size decides K.
             document_ids: (B, T), the packed sample of each position.
+            cache_position: (T,), where these tokens go in the cache, as transformers 4 tells.
 
         Returns:
             (B, 1, T, K), bool for `sdpa`, 0 and the most negative number for `eager`.
         """
         batch, length = inputs_embeds.shape[:2]
         device = is_image.device
-        past, capacity = _cache_lengths(past_key_values, length)
+        past, capacity = _cache_lengths(past_key_values, length, cache_position)
+        window = _attention_window(self.config.text_config)
+        if window is not None and max(capacity, past + length) > window:
+            raise ValueError(
+                f"{max(capacity, past + length)} tokens are more than the {window} that some layers of this "
+                f"{self.config.text_config.model_type} decoder look back; shorten the input, or choose another decoder."
+            )
         valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         if attention_mask is None:
             valid[:, : past + length] = True
@@ -205,8 +228,15 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         mask = attention_mask_4d(
             valid, image_ids, self.config.attention_mode, query_start=past, query_length=length, document_ids=document_ids
         )
-        if self.language_model.config._attn_implementation == "eager":
-            return as_additive(mask, inputs_embeds.dtype)
+        return self._in_form_of_attention(mask, inputs_embeds.dtype)
+
+    def _in_form_of_attention(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A bool mask as the decoder's attention implementation reads it."""
+        implementation = self.language_model.config._attn_implementation
+        if implementation == "eager":
+            return as_additive(mask, dtype)
+        if implementation != "sdpa":
+            raise ValueError(f"The decoder's attention is {implementation}, which would drop the mask; use sdpa or eager.")
         return mask
 
     def _is_image(self, input_ids, inputs_embeds) -> torch.Tensor:
@@ -272,13 +302,14 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         inputs_embeds, is_image, image_hidden_states = self._embed(input_ids, inputs_embeds, pixel_values, token_type_ids)
 
         length = inputs_embeds.shape[1]
-        past, _ = _cache_lengths(past_key_values, length)
+        cache_position = kwargs.get("cache_position")
+        past, _ = _cache_lengths(past_key_values, length, cache_position)
         if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
             if position_ids is None:
                 position_ids = _position_ids(attention_mask, document_ids, length)
             if past == 0 or length > 1:
                 attention_mask = self._update_causal_mask(
-                    attention_mask, is_image, inputs_embeds, past_key_values, document_ids
+                    attention_mask, is_image, inputs_embeds, past_key_values, document_ids, cache_position
                 )
             # else one text token after all others sees them all, which is what the decoder makes of the 2D mask
 
@@ -349,7 +380,11 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         )
         if report["missing_keys"]:
             raise ValueError(f"{vision} lacks weights of the vision encoder: {sorted(report['missing_keys'])[:3]}.")
-        language_model = AutoModelForCausalLM.from_pretrained(text, config=joint.text_config, dtype=dtype)
+        language_model, report = AutoModelForCausalLM.from_pretrained(
+            text, config=joint.text_config, dtype=dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"{text} lacks weights of the decoder: {sorted(report['missing_keys'])[:3]}.")
         if vocabulary > language_model.get_input_embeddings().num_embeddings:
             language_model.resize_token_embeddings(vocabulary, mean_resizing=False)
             joint.text_config.vocab_size = vocabulary
@@ -367,8 +402,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         embeds = self.get_input_embeddings().weight[:2][None]
         other = torch.stack([embeds[:, 0], -embeds[:, 1]], dim=1)
         mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=embeds.device)
-        if self.language_model.config._attn_implementation == "eager":
-            mask = as_additive(mask, embeds.dtype)
+        mask = self._in_form_of_attention(mask, embeds.dtype)
         call = {"attention_mask": mask, "use_cache": False}
         try:
             hidden = self.get_decoder()(inputs_embeds=embeds, **call).last_hidden_state
@@ -475,7 +509,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             token_type_ids=token_type_ids,
             **kwargs,
         )
-        model_inputs["pixel_values"] = pixel_values if past == 0 else None
+        # images go with the pass that holds their tokens: the prompt, or a continuation of it that brings new ones
+        model_inputs["pixel_values"] = pixel_values if model_inputs["token_type_ids"].any() else None
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -496,18 +531,32 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         """The mask `generate` prepares in advance for a static cache; by default it would be causal."""
         # the embeddings have a name each on 4.x (`input_embeds`) and 5.x (`inputs_embeds`)
         inputs_embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
-        return self._update_causal_mask(attention_mask, token_type_ids.bool(), inputs_embeds, past_key_values)
+        return self._update_causal_mask(
+            attention_mask,
+            token_type_ids.bool(),
+            inputs_embeds,
+            past_key_values,
+            cache_position=kwargs.get("cache_position"),
+        )
 
 
-def _cache_lengths(past_key_values, length: int) -> tuple[int, int]:
+def _cache_lengths(past_key_values, length: int, cache_position=None) -> tuple[int, int]:
     """How many tokens the cache holds, and how many keys attention sees after `length` more."""
     if past_key_values is None:
         return 0, length
-    past = int(past_key_values.get_seq_length())
-    # renamed in transformers 5; -1 for a cache that grows
-    get_capacity = getattr(past_key_values, "get_max_length", None) or past_key_values.get_max_cache_shape
-    capacity = get_capacity(0)
-    return past, capacity if capacity > 0 else past + length
+    # a static cache of transformers 4 counts its keys that are not all zero, and padding may have zero keys
+    past = int(past_key_values.get_seq_length() if cache_position is None else cache_position[0])
+    if not past_key_values.is_compileable:
+        return past, past + length  # it grows
+    get_capacity = getattr(past_key_values, "get_max_length", None) or past_key_values.get_max_cache_shape  # 5.x or 4.x
+    return past, get_capacity(0)
+
+
+def _attention_window(text_config) -> int | None:
+    """How far back the layers with a sliding window look; `None` where no layer has one."""
+    window = getattr(text_config, "sliding_window", None)
+    layer_types = getattr(text_config, "layer_types", None)
+    return window if layer_types is None or "sliding_attention" in layer_types else None
 
 
 def _position_ids(attention_mask, document_ids, length: int):
@@ -525,12 +574,12 @@ def _image_token_id(text: str, text_config, image_token_id: int | None) -> tuple
     """The image token's id, and the vocabulary that it and the missing ChatML tokens need."""
     if image_token_id is not None:
         return image_token_id, max(image_token_id + 1, text_config.vocab_size)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(text)
-    except (OSError, ValueError):  # a folder of weights alone
+    if os.path.isdir(text) and not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in os.listdir(text)):
+        # a folder of weights alone
         known = text_config.vocab_size > QWEN_IMAGE_TOKEN_ID
         image_token_id = QWEN_IMAGE_TOKEN_ID if known else text_config.vocab_size
         return image_token_id, max(image_token_id + 1, text_config.vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), max(len(tokenizer), text_config.vocab_size)
 

@@ -9,7 +9,7 @@ from tiny import tiny_config
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
-from prefixvlm.configuration.configuration_prefix_vlm import ATTENTION_MODES, AUTO_MAP
+from prefixvlm.configuration.configuration_prefix_vlm import ATTENTION_MODES, AUTO_MAP, needs_rope_theta
 
 TEXT = {
     "model_type": "qwen2",
@@ -188,6 +188,23 @@ def test_partly_rotated_heads_stay_partly_rotated():
     )
     head = 32 // 2
     assert len(inv_freq(new)) == head * 0.5 / 2
+
+
+def test_rope_of_each_kind_of_layer_is_read_or_refused_but_never_lost():
+    rope = {
+        "full_attention": {"rope_theta": 5e5, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 2e4, "rope_type": "default"},
+    }
+    text = {**TEXT, "model_type": "gemma3_text", "hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": rope}
+    if needs_rope_theta():
+        with pytest.raises(ValueError, match="transformers 5"):
+            PrefixVLMConfig(VISION, text)
+        return
+    rotary = PrefixVLMForConditionalGeneration(PrefixVLMConfig(VISION, text)).get_decoder().rotary_emb
+    for kind, values in rope.items():
+        frequencies = getattr(rotary, f"{kind}_inv_freq")
+        assert float(frequencies[1]) ** -len(frequencies) == pytest.approx(values["rope_theta"], rel=1e-4)
 
 
 def test_auto_map_names_every_auto_class_and_existing_code():

@@ -14,6 +14,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -81,6 +82,7 @@ NARROW_TEXT_MODELS = {  # windows shorter than the prompts here
 }
 ALL_MODELS = {**VISION_MODELS, **TEXT_MODELS, **{f"narrow_{name}": make for name, make in NARROW_TEXT_MODELS.items()}}
 IMAGE_TOKEN_ID = VOCABULARY - 1
+STATIC = {"cache_implementation": "static", "disable_compile": True}
 
 texts = pytest.mark.parametrize("text", TEXT_MODELS)
 narrow_texts = pytest.mark.parametrize("text", [f"narrow_{name}" for name in NARROW_TEXT_MODELS])
@@ -169,7 +171,7 @@ def test_decoders_answer_and_survive_saving(text, join, tmp_path):
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     plain = model.generate(**batch, **settings, use_cache=False)
     assert torch.equal(model.generate(**batch, **settings), plain)
-    assert torch.equal(model.generate(**batch, **settings, cache_implementation="static", disable_compile=True), plain)
+    assert torch.equal(model.generate(**batch, **settings, **STATIC), plain)
 
     model.save_pretrained(tmp_path)
     again = PrefixVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -181,23 +183,26 @@ def test_decoders_answer_and_survive_saving(text, join, tmp_path):
 
 @narrow_texts
 @torch.no_grad()
-def test_attention_windows_are_kept(text, saved, join):
-    """A decoder made to look back eight tokens must not suddenly look back further."""
+def test_inside_its_window_a_decoder_is_itself(text, saved, join):
     model, source = join(text=text, attention_mode="causal"), saved(text)[1]
-    batch = layout_batch(model, ["w" * 3 * WINDOW], seed=3)
+    batch = layout_batch(model, ["w" * WINDOW], seed=3)
     del batch["pixel_values"]
     torch.testing.assert_close(model(**batch).logits, source(**batch).logits, rtol=1e-4, atol=1e-4)
+    image = layout_batch(join(text=text), ["Iw"], seed=3)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**image, **settings, use_cache=False)
+    assert torch.equal(model.generate(**image, **settings), plain)
 
 
 @narrow_texts
-@pytest.mark.parametrize(
-    "settings", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=["dynamic", "static"]
-)
-def test_attention_windows_answer_alike_with_and_without_a_cache(text, settings, join):
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, STATIC], ids=["dynamic", "uncached", "static"])
+def test_more_tokens_than_a_window_are_refused(text, settings, join):
+    """A decoder made to look back eight tokens must not silently look back further."""
     model = join(text=text)
-    batch = layout_batch(model, ["wIwwww", "Iwwwwwwww"], seed=4, padding_side="left")  # 12 tokens, then 6 more
-    common = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(**batch, **common, **settings), model.generate(**batch, **common, use_cache=False))
+    batch = layout_batch(model, ["w" * (WINDOW + 1)], seed=3)
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match=r"more than the 8 that some layers"):
+        model.generate(**batch, max_new_tokens=3, eos_token_id=None, do_sample=False, **settings)
 
 
 @pytest.mark.parametrize("text", ["qwen2", "llama_untied"])
@@ -290,14 +295,18 @@ def test_a_decoder_without_attention_is_refused(saved, tmp_path):
 
 
 def test_gpt2_obeys_or_is_refused(saved, tmp_path):
-    """It obeys on transformers 5; 4.x gives no access to its decoder alone."""
+    """On transformers 5 it obeys; 4.x gives no access to its decoder alone."""
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY, initializer_range=0.3)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    try:
-        model = PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path, image_token_id=5)
-    except ValueError as error:
-        assert "4D attention mask" in str(error)
+
+    def build():
+        return PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path, image_token_id=5)
+
+    if not isinstance(GPT2LMHeadModel(config).get_decoder(), GPT2Model):
+        with pytest.raises(ValueError, match="4D attention mask"):
+            build()
         return
+    model = build()
     batch = layout_batch(model, ["Iwww"], seed=6)
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, **settings, use_cache=False))

@@ -11,6 +11,7 @@ from prefixvlm.train import run
 from prefixvlm.train.recipe import load_recipe
 from prefixvlm.train.stages import MODULES
 
+
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "small.yaml"

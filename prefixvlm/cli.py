@@ -9,7 +9,12 @@ BAD_INPUT = 2
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 with one line on stderr for bad input."""
-    options = parser().parse_args(arguments)
+    options, rest = parser().parse_known_args(arguments)
+    if rest:
+        # argparse does not read key=value after an option as the positional arguments they are
+        if not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest):
+            parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     try:
         options.run(options)
     except (ValueError, OSError, ImportError) as error:

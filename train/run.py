@@ -77,7 +77,8 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None) -> Path:
 
 
 def _texts(datasets):
-    return (text for dataset in datasets for index in range(len(dataset)) for _, text in dataset[index].turns)
+    """All that is said, and by whom: the names of roles are part of every rendered conversation."""
+    return (words for dataset in datasets for index in range(len(dataset)) for turn in dataset[index].turns for words in turn)
 
 
 def train_stage(model, processor, stage_recipe: StageRecipe, dataset, recipe: Recipe, folder: Path) -> None:
@@ -105,6 +106,7 @@ def train_stage(model, processor, stage_recipe: StageRecipe, dataset, recipe: Re
         )
         trainer.train()
         trainer.save_model(str(partial))
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
         if trainer.is_world_process_zero():
             history = trainer.state.log_history
             write_atomically(partial / "history.json", json.dumps(history, indent=1))

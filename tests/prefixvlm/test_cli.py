@@ -43,6 +43,7 @@ def test_module_runs():
         ["train", "no-such-recipe"],
         ["train", "paper", "stages.0.epoch=1"],
         ["train", "quickstart", "--stages", "zero"],
+        ["train", "quickstart", "--stages", "0", "stages.0.epoch=1"],
         ["train", "quickstart", "--stages", "9"],
         ["generate", "no/such/model", "--image", "x.png"],
         ["generate", "{saved}", "--image", "no-such.png"],
@@ -65,9 +66,10 @@ def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
     assert "Traceback" not in error
 
 
-def test_unknown_command_exits_with_2():
+@pytest.mark.parametrize("arguments", [["fly"], ["train", "paper", "--fast"], ["masks", "left.png"], []])
+def test_what_no_command_takes_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
-        main(["fly"])
+        main(arguments)
     assert caught.value.code == 2
 
 

@@ -122,7 +122,7 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         # only the projector reaches this: the two backbones initialise themselves
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, mean=0.0, std=self.config.text_config.initializer_range)
+            nn.init.normal_(module.weight, mean=0.0, std=getattr(self.config.text_config, "initializer_range", 0.02))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -57,7 +57,8 @@ def save_loss_curve(histories: dict[str, list[dict]], path: Path) -> None:
         axis.set_xlabel("step")
         axis.set_ylabel("cross-entropy")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:  # a run shorter than logging_steps has logged no loss
+            axis.legend()
     _save(figure, path)
 
 

@@ -78,7 +78,11 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None) -> Path:
 
 def _texts(datasets):
     """All that is said, and by whom: the names of roles are part of every rendered conversation."""
-    return (words for dataset in datasets for index in range(len(dataset)) for turn in dataset[index].turns for words in turn)
+    for dataset in datasets:
+        for index in range(len(dataset)):
+            for role, text in dataset[index].turns:
+                yield role
+                yield text
 
 
 def train_stage(model, processor, stage_recipe: StageRecipe, dataset, recipe: Recipe, folder: Path) -> None:

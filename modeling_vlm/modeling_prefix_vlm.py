@@ -184,13 +184,17 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
     def get_decoder(self):
         return self.language_model.get_decoder()
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (I, C, H, W) to projected features (I, P, D)."""
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (I, C, H, W) to what the vision encoder says of their patches, (I, P, width of the encoder)."""
         pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is welcome too
         pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
         features = self.vision_tower(pixel_values=pixel_values, return_dict=True).last_hidden_state
         # encoders of the CLIP kind put a class token before the patches
-        return self.projector(features[:, -self.config.num_image_tokens :])
+        return features[:, -self.config.num_image_tokens :]
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (I, C, H, W) to projected features (I, P, D)."""
+        return self.projector(self.get_vision_features(pixel_values))
 
     def _update_causal_mask(
         self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None, cache_position=None
@@ -246,16 +250,20 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         placeholder = self.get_input_embeddings()(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(dim=-1)
 
-    def _embed(self, input_ids, inputs_embeds, pixel_values, token_type_ids):
+    def _embed(self, input_ids, inputs_embeds, pixel_values, vision_features, token_type_ids):
         """Text embeddings with the image features in their places, those places, and the features."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("Pass at most one of `pixel_values` and `vision_features`.")
         is_image = self._is_image(input_ids, inputs_embeds) if token_type_ids is None else token_type_ids.bool()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_hidden_states = None
         if pixel_values is not None:
-            image_hidden_states = self.get_image_features(pixel_values).to(inputs_embeds.dtype)
+            vision_features = self.get_vision_features(pixel_values)
+        if vision_features is not None:
+            image_hidden_states = self.projector(vision_features).to(inputs_embeds.dtype)
             wanted, given = int(is_image.sum()), image_hidden_states.shape[0] * image_hidden_states.shape[1]
             if wanted != given:
                 raise ValueError(
@@ -276,6 +284,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         use_cache: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         document_ids: torch.LongTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> PrefixVLMModelOutputWithPast:
@@ -288,6 +297,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             position_ids: (B, T); by default counted from the first token that is no padding, anew in each document.
             token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already holds image features.
             document_ids: (B, T), which packed sample each position belongs to; documents do not see each other.
+            vision_features: (I, P, width of the encoder), from `get_vision_features`, in place of `pixel_values`.
 
         Raises:
             ValueError: if image tokens and image features differ in number, or a bidirectional model is to use a cache.
@@ -299,7 +309,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                     "use_cache=False, or set config.attention_mode = 'prefix'."
                 )
             use_cache = False
-        inputs_embeds, is_image, image_hidden_states = self._embed(input_ids, inputs_embeds, pixel_values, token_type_ids)
+        inputs_embeds, is_image, image_hidden_states = self._embed(
+            input_ids, inputs_embeds, pixel_values, vision_features, token_type_ids
+        )
 
         length = inputs_embeds.shape[1]
         cache_position = kwargs.get("cache_position")
@@ -478,6 +490,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:].to(hidden_states.device)
             supervised = targets != IGNORE_INDEX
+            if document_ids is not None:  # the last token of a document does not predict the first of the next
+                supervised = supervised & (document_ids[:, 1:] == document_ids[:, :-1])
             predictions = self._head(hidden_states[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]
             losses = nn.functional.cross_entropy(predictions.float(), targets[supervised], reduction="none")
             items = max(1, losses.numel()) if num_items_in_batch is None else num_items_in_batch

@@ -42,8 +42,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
 
     command = add("train", train, "train the stages of a recipe")
-    command.add_argument("recipe", metavar="RECIPE", help="paper, quickstart, or a YAML file")
+    command.add_argument("recipe", metavar="RECIPE", help="paper, pathvqa, pathvqa_lora, quickstart, or a YAML file")
     command.add_argument("--stages", metavar="0,1,2,3", help="train only these stages")
+    command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    command.add_argument("--dry-run", action="store_true", help="say what each stage would take, and train nothing")
+    command.add_argument("--max-steps", type=int, metavar="N", help="train only N steps of each stage")
+    command.add_argument("--random-init", action="store_true", help="random weights in place of pretrained backbones")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
 
     command = add("generate", generate, "caption an image, or answer a question about it")
@@ -86,6 +90,7 @@ def quickstart(options) -> None:
 def train(options) -> None:
     import torch
 
+    from prefixvlm.train.plan import plan
     from prefixvlm.train.recipe import load_recipe
     from prefixvlm.train.run import run_recipe
 
@@ -94,8 +99,16 @@ def train(options) -> None:
         stages = None if options.stages is None else [int(number) for number in options.stages.split(",")]
     except ValueError as error:
         raise ValueError(f"--stages is {options.stages!r}; give numbers with commas between, such as 0,1.") from error
+    if options.max_steps is not None:
+        if options.max_steps < 1:
+            raise ValueError(f"--max-steps is {options.max_steps}; it must be positive.")
+        for stage in recipe.stages.values():
+            stage.max_steps = options.max_steps
     try:
-        print(f"Saved to {run_recipe(recipe, stages)}")
+        if options.dry_run:
+            print(plan(recipe, stages, options.random_init))
+        else:
+            print(f"Saved to {run_recipe(recipe, stages, options.resume, options.random_init)}")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import torch
 
 from prefixvlm.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration
 from prefixvlm.configuration.configuration_prefix_vlm import PRESETS
+from prefixvlm.train.measure import training_flops
 from prefixvlm.train.stages import MODULES, PAPER_STAGES
 
 TEXT_TOKENS = 128  # of the sample that FLOPs are counted for
@@ -36,32 +37,15 @@ def describe(name: str) -> str:
         f"{config.vision_config.patch_size}).",
         f"Attention: {config.attention_mode}.",
         "",
-        f"FLOPs of one training sample, an image and {TEXT_TOKENS} text tokens (2 a weight and token forward, 2 more for "
-        "activation gradients, 2 more for weight gradients where a module trains; attention scores not counted):",
+        f"FLOPs of one training sample, an image and {TEXT_TOKENS} text tokens (2 a weight and token forward, 2 more where "
+        "gradients run back, 2 more where weights train; attention scores counted in full):",
     ]
+    tokens = config.num_image_tokens + TEXT_TOKENS
     for number, stage in PAPER_STAGES.items():
-        lines.append(f"  stage {number}: {training_flops(model, stage) / 1e9:,.1f} GFLOPs")
+        trains = {module: rate > 0 for module, rate in stage.learning_rates.items()}
+        flops = training_flops(model, trains, 1, tokens, tokens**2, TEXT_TOKENS)
+        lines.append(f"  stage {number}: {flops / 1e9:,.1f} GFLOPs")
     return "\n".join(lines)
-
-
-def training_flops(model, stage, text_tokens: int = TEXT_TOKENS) -> float:
-    """Floating-point operations of one sample with one image in a stage, matrix products only."""
-    patches = model.config.num_image_tokens
-    embedding = model.get_input_embeddings().weight.numel()
-    weights = {module: sum(p.numel() for p in getattr(model, module).parameters() if p.ndim > 1) for module in MODULES}
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    # an embedding that is not also the head is a look-up, and the head runs on text tokens only
-    weights["language_model"] -= embedding if tied else 2 * embedding
-    rates = stage.learning_rates
-    flops = 0.0
-    for module, tokens in (("vision_tower", patches), ("projector", patches), ("language_model", patches + text_tokens)):
-        passes = 1
-        if module != "vision_tower" or rates[module]:
-            passes += 1  # the gradient runs through everything after the first module that trains
-        if rates[module]:
-            passes += 1
-        flops += 2 * passes * weights[module] * tokens
-    return flops + 2 * (3 if rates["language_model"] else 2) * embedding * text_tokens
 
 
 def _config(name: str) -> PrefixVLMConfig:

@@ -346,7 +346,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         if not images:
             raise ValueError("The list of images is empty.")
         images = [load_image(image, f"image {index + 1} of {len(images)}") for index, image in enumerate(images)]
-        return self.image_processor(images, **image_kwargs)
+        return self.image_processor([_rows_repeated(image) for image in images], **image_kwargs)
 
     def _encode(
         self, samples, groups, text_kwargs: dict, image_kwargs: dict, with_labels: bool, alone: bool
@@ -420,6 +420,11 @@ class PrefixVLMProcessor(ProcessorMixin):
 
 def _as_list(images) -> list:
     return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _rows_repeated(image):
+    """An image one or three pixels high, whose rows transformers would take for channels, as a higher one."""
+    return image.resize((image.width, 4 * image.height), resample=0) if image.height in (1, 3) else image
 
 
 def _image_source(part: dict):

@@ -11,11 +11,16 @@ class Conversation:
         images: anything `load_image` opens; they come before the first turn.
         turns: (role, text) pairs, the roles `system`, `user` and `assistant`.
         name: where the sample comes from, for error messages.
+        seed: of what is random about this sample in this epoch, so that it comes out the same in any process and after
+            any interruption; `None` leaves it to the collator's own source.
+        is_filler: true of a copy that only evens out the last batch of several processes; nothing is learnt from it.
     """
 
     images: list = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
     name: str = ""
+    seed: str | None = None
+    is_filler: bool = False
 
     @property
     def caption(self) -> str:

@@ -4,6 +4,7 @@ The data set (MIT, https://github.com/vzhou842/easy-VQA) comes with the PyPI pac
 """
 
 import json
+import random
 import re
 from collections import defaultdict
 from importlib import resources
@@ -53,15 +54,32 @@ def facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
     return color, shape
 
 
-def captions(split: str) -> list[Conversation]:
-    """A sentence of its facts for each picture, such as "a red circle"; "shape" stands for an unknown shape."""
+def captions(split: str, statements: bool = False) -> list[Conversation]:
+    """A sentence of its facts for each picture, such as "a red circle"; "shape" stands for an unknown shape.
+
+    Args:
+        statements: first say of two things that are there and two that are not, in any order, whether they are: "teal no,
+            circle yes, triangle no, red yes: a red circle". To go on after a word, picture and word must be compared.
+    """
+    source = random.Random(0)
     samples = []
     for image, questions in questions_by_image(split).items():
         color, shape = facts(questions)
         words = ["a", color, shape or "shape"]
         caption = " ".join(word for word in words if word)
+        if statements:
+            said = _statements(color, COLORS, source) + _statements(shape, SHAPES, source)
+            source.shuffle(said)
+            caption = f"{', '.join(said)}: {caption}" if said else caption
         samples.append(Conversation([str(image)], [("user", ""), ("assistant", caption)], str(image)))
     return samples
+
+
+def _statements(fact: str | None, all_facts: tuple[str, ...], source: random.Random) -> list[str]:
+    if fact is None:
+        return []
+    other = source.choice([word for word in all_facts if word != fact])
+    return [f"{fact} yes", f"{other} no"]
 
 
 def conversations(split: str) -> list[Conversation]:

@@ -1,28 +1,35 @@
 """From a recipe's words about a model to the model and its processor."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from prefixvlm.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.train import lora
 from prefixvlm.train.recipe import ModelRecipe
 
 END_TOKEN, NOISE_TOKEN = "<|endoftext|>", "<|mask|>"
+PAPER_PAIR = ("google/siglip-so400m-patch14-224", "Qwen/Qwen2.5-0.5B")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(folder: str, dtype: str = "float32"):
+def load(folder: str, dtype: str = "float32", quantize: str | None = None):
     """A saved PrefixVLM and its processor.
+
+    Args:
+        quantize: `nf4` or `int8`, to train adapters on a base model of few bits.
 
     Raises:
         ValueError: if the folder holds none, naming it.
     """
+    options = {"quantization_config": lora.quantization(quantize, _dtype(dtype))} if quantize else {}
     try:
-        model = PrefixVLMForConditionalGeneration.from_pretrained(folder, dtype=_dtype(dtype))
+        model = PrefixVLMForConditionalGeneration.from_pretrained(folder, dtype=_dtype(dtype), **options)
         return model, PrefixVLMProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -30,21 +37,27 @@ def load(folder: str, dtype: str = "float32"):
         ) from error
 
 
-def build(recipe: ModelRecipe, texts: Iterable[str]):
+def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, quantize: str | None = None):
     """The model and processor a recipe starts from.
 
     Args:
         recipe: its `model` part.
         texts: what a tokenizer of our own would learn from; read only if the recipe asks for one.
+        random_init: take only the shapes of pretrained backbones; their weights are not even looked for.
+        quantize: as for `load`.
 
     Raises:
         ValueError: for settings that do not go together or backbones that cannot be loaded.
     """
     if recipe.start is not None:
-        return load(recipe.start, recipe.dtype)
+        return load(recipe.start, recipe.dtype, quantize)
+    if quantize:
+        raise ValueError("lora.quantize needs a trained model to start from; set model.start.")
     if isinstance(recipe.vision, str) != isinstance(recipe.text, str):
         raise ValueError("model.vision and model.text must both be pretrained (names) or both new (settings).")
-    if isinstance(recipe.vision, str):
+    if isinstance(recipe.vision, str) and random_init:
+        model, processor = _from_settings(replace(recipe, **_shapes(recipe)), texts)
+    elif isinstance(recipe.vision, str):
         try:
             processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text)
             model = PrefixVLMForConditionalGeneration.from_backbones(
@@ -61,6 +74,20 @@ def build(recipe: ModelRecipe, texts: Iterable[str]):
     return model, processor
 
 
+def _shapes(recipe: ModelRecipe) -> dict:
+    """The configurations of two named backbones, as a recipe's `vision` and `text`; the paper's pair is known by heart."""
+    if (recipe.vision, recipe.text) == PAPER_PAIR:
+        config = PrefixVLMConfig.from_preset("paper")
+        vision, text = config.vision_config, config.text_config
+    else:
+        try:
+            vision, text = AutoConfig.from_pretrained(recipe.vision), AutoConfig.from_pretrained(recipe.text)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The shape of a backbone cannot be read ({' '.join(str(error).split())[:200]}).") from error
+        vision = getattr(vision, "vision_config", vision)
+    return {"vision": vision.to_dict(), "text": text.to_dict(), "tokenizer": recipe.tokenizer or recipe.text}
+
+
 def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
     if isinstance(recipe.tokenizer, dict):
         unknown = set(recipe.tokenizer) - {"vocab_size"}
@@ -68,12 +95,18 @@ def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
             raise ValueError(f"model.tokenizer: unknown key {', '.join(sorted(unknown))}; only vocab_size is known.")
         tokenizer = train_tokenizer(texts, **recipe.tokenizer)
     elif recipe.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model.tokenizer {recipe.tokenizer} cannot be loaded ({' '.join(str(error).split())[:200]})."
+            ) from error
         tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
         tokenizer.padding_side = "left"
     else:
         raise ValueError("model.tokenizer is needed for a model with random weights; name one, or give a vocab_size.")
-    text = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **recipe.text}
+    text = {"tie_word_embeddings": True, **recipe.text}
+    text["vocab_size"] = max(len(tokenizer), text.get("vocab_size", 0))
     text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = PrefixVLMConfig(
         vision_config=recipe.vision,

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from prefixvlm.train.stages import PAPER_STAGES, Stage
+from prefixvlm.train.stages import MODULES, PAPER_STAGES, Stage
 
-RECIPE_NAMES = ("paper", "quickstart")
+RECIPE_NAMES = ("paper", "pathvqa", "pathvqa_lora", "quickstart")
 
 
 @dataclass
@@ -37,6 +37,25 @@ class ModelRecipe:
 
 
 @dataclass
+class LoraRecipe:
+    """Train low-rank adapters in place of whole weights.
+
+    Attributes:
+        r, alpha, dropout: of LoRA.
+        modules: which of the model's modules get adapters; the projector, unless it is among them, trains in full.
+        quantize: `nf4` or `int8` keeps the base model in 4 or 8 bits (QLoRA); needs bitsandbytes.
+        merge: leave a self-contained model at the end, with the adapter beside it in `adapter/`; else the adapter alone.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    modules: list[str] = field(default_factory=lambda: ["language_model"])
+    quantize: str | None = None
+    merge: bool = True
+
+
+@dataclass
 class StageRecipe:
     """One stage's data, and how its batches fit the machine.
 
@@ -45,7 +64,11 @@ class StageRecipe:
         stage: the stage itself: the paper's, with the fields that the recipe names changed.
         device_batch_size: samples a device takes at once; the rest of `stage.batch_size` is accumulated.
         augment: turn images and shuffle questions at random.
-        max_steps: stop after so many optimiser steps; -1 for whole epochs.
+        max_steps: stop after so many optimiser steps; -1 for whole epochs. A stream needs it.
+        group_by_length: put samples of similar length into the same batch.
+        row_length: pack the samples of a device batch into rows of at most so many tokens; 0 for one sample a row.
+        max_length: samples with more tokens are not trained on, but reported; `None` for no limit.
+        expected_rows: what a dry run reckons with where the data cannot be read.
     """
 
     data: dict[str, Any]
@@ -53,6 +76,10 @@ class StageRecipe:
     device_batch_size: int = 8
     augment: bool = False
     max_steps: int = -1
+    group_by_length: bool = False
+    row_length: int = 0
+    max_length: int | None = None
+    expected_rows: int | None = None
 
 
 @dataclass
@@ -66,6 +93,11 @@ class Recipe:
         gradient_checkpointing: trade time for memory.
         workers: processes that prepare batches.
         save_steps: write a checkpoint every so many steps; 0 for none.
+        keep_checkpoints: the newest so many stay; the one before the last is there in case the last is damaged.
+        max_skipped: the run stops if a larger share of the samples cannot be used.
+        feature_cache_gb: keep what the frozen encoder of stages 0 and 1 says of each image on disk, up to so many
+            gigabytes; 0 for none.
+        lora: adapters to train in place of whole weights.
         logging_steps: log every so many steps.
         report_to: `none` or `tensorboard`.
     """
@@ -78,6 +110,10 @@ class Recipe:
     gradient_checkpointing: bool = False
     workers: int = 0
     save_steps: int = 0
+    keep_checkpoints: int = 2
+    max_skipped: float = 0.01
+    feature_cache_gb: float = 0.0
+    lora: LoraRecipe | None = None
     logging_steps: int = 10
     report_to: str = "none"
 
@@ -120,10 +156,29 @@ def parse_recipe(values: dict, where: str = "recipe") -> Recipe:
                 f"{where}: stages has the key {number!r}; stages are numbered {', '.join(map(str, PAPER_STAGES))}."
             )
         stages[number] = _stage(number, settings, f"{where}: stages.{number}")
+    if values.get("lora") is not None:
+        values["lora"] = _lora(values["lora"], f"{where}: lora")
     recipe = _build(Recipe, {**values, "model": model, "stages": dict(sorted(stages.items()))}, where)
+    if not 0 <= recipe.max_skipped <= 1:
+        raise ValueError(f"{where}: max_skipped is {recipe.max_skipped}; it must lie in [0, 1].")
+    if recipe.keep_checkpoints < 2:
+        raise ValueError(f"{where}: keep_checkpoints is {recipe.keep_checkpoints}; keep 2, one may be damaged.")
+    if recipe.lora is not None and len(stages) > 1 and not recipe.lora.merge:
+        raise ValueError(f"{where}: with lora.merge off there is no model for a second stage to start from.")
     if recipe.report_to not in ("none", "tensorboard"):
         raise ValueError(f"{where}: report_to is {recipe.report_to!r}; choose none or tensorboard.")
     return recipe
+
+
+def _lora(values, where: str) -> LoraRecipe:
+    lora = _build(LoraRecipe, values, where)
+    if unknown := [str(module) for module in lora.modules if module not in MODULES]:
+        raise ValueError(f"{where}.modules has {', '.join(unknown)}; choose among {', '.join(MODULES)}.")
+    if not lora.modules or lora.r < 1:
+        raise ValueError(f"{where}: r must be positive, and modules not empty.")
+    if lora.quantize not in (None, "nf4", "int8"):
+        raise ValueError(f"{where}.quantize is {lora.quantize!r}; choose nf4 or int8.")
+    return lora
 
 
 def _stage(number: int, settings, where: str) -> StageRecipe:
@@ -144,6 +199,10 @@ def _stage(number: int, settings, where: str) -> StageRecipe:
         raise ValueError(f"{where}.data needs a `source`.")
     if recipe.device_batch_size < 1:
         raise ValueError(f"{where}.device_batch_size must be positive.")
+    if recipe.row_length < 0 or (recipe.max_length is not None and recipe.max_length < 1):
+        raise ValueError(f"{where}: row_length and max_length must not be negative.")
+    if recipe.data.get("streaming") and (recipe.max_steps < 0 or recipe.group_by_length):
+        raise ValueError(f"{where}: a stream has no end and no known lengths; set max_steps, and group_by_length off.")
     return recipe
 
 

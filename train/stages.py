@@ -62,10 +62,12 @@ class Stage:
         return {module: getattr(self, f"{module}_lr") for module in MODULES}
 
     def prepare(self, model) -> None:
-        """Sets the model's attention mode, and freezes and thaws its modules."""
+        """Sets the model's attention mode, and freezes and thaws its modules; of one with adapters it thaws nothing."""
         model.config.attention_mode = self.attention_mode
+        has_adapters = hasattr(model, "peft_config")
         for module, learning_rate in self.learning_rates.items():
-            getattr(model, module).requires_grad_(learning_rate > 0)
+            if not learning_rate or not has_adapters:
+                getattr(model, module).requires_grad_(learning_rate > 0)
 
 
 PAPER_STAGES = {

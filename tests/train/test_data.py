@@ -100,7 +100,7 @@ def test_llava_rows_without_an_image_and_from_parquet(tmp_path):
         ([ROW, {**ROW, "conversations": [{"from": "robot", "value": "x"}]}], "row 2: `conversations`"),
         ([{**ROW, "image": "../outside.png"}], "row 1: the image ../outside.png lies outside"),
         ([{**ROW, "image": "/etc/passwd"}], "lies outside"),
-        (["text"], "expected a list of objects"),
+        (["text"], "row 1: it is not a JSON object"),
         ({"a": 1}, "expected a list of objects"),
     ],
 )

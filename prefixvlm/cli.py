@@ -18,12 +18,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"prefixvlm {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"prefixvlm {options.command}: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"prefixvlm {options.command}: stopped.", file=sys.stderr)
         return 130
     return 0
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without the traceback that a process preparing batches puts before it."""
+    message = str(error)
+    if "Original Traceback" in message:
+        message = message.rpartition("Error: ")[2]
+    return " ".join(message.split())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,6 +19,11 @@ MANIFEST = "complete.json"
 class SealCheckpoints(TrainerCallback):
     """Writes the manifest of every checkpoint when all processes have written their part."""
 
+    def on_step_end(self, args, state, control, **kwargs):
+        # the stage's own folder follows at once; and from a checkpoint of the last step `Trainer` would train one more
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:

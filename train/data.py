@@ -284,7 +284,7 @@ class KarpathyForm(CaptionsForm):
 
 
 def llava(path: str, images: str | None = None, split: str = "train", streaming: bool = False, **options):
-    """Rows of LLaVA's form; `read_rows` says what `path` may be. Image paths are below `images`, by default beside `path`."""
+    """Rows of LLaVA's form; `read_rows` says what `path` may be. Images lie below `images`, by default beside `path`."""
     return _samples(read_rows(path, split, streaming), LlavaForm(_image_folder(path, images)), **options)
 
 

@@ -161,7 +161,7 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
         f"  memory      {(weights + state + activations) / GIB:.1f} GiB ({weights / GIB:.1f} weights, {state / GIB:.1f} "
         f"gradients and Adam, {activations / GIB:.1f} activations of {device_batch})",
         f"  time        {_duration(seconds)}, from one sample in {measured.seconds:.3g} s "
-        f"({flops / measured.seconds / 1e9:,.0f} GFLOP/s) and {measured.optimizer_seconds:.3g} s of optimiser ({device.type})",
+        f"({flops / measured.seconds / 1e9:,.0f} GFLOP/s) and {measured.optimizer_seconds:.3g} s of Adam ({device.type})",
     ]
     return lines, seconds
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 JSON_SUFFIXES = (".json", ".jsonl")
 SPLITS = ("train", "validation", "val", "dev", "test")
+BATCH = 16  # rows of a stream that are read at a time
 TEXT = "text"  # the column of a row that is still JSON
 
 
@@ -61,9 +62,16 @@ class RowStream:
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         """Yields where a row stands and the row, which may still be JSON (see `parsed`)."""
-        for number, row in enumerate(self.table, start=1):
+        for number, row in enumerate(self._all(), start=1):
             if list(row) != [TEXT] or _is_wanted(row[TEXT], self.split):
                 yield f"{self.name}, row {number}", row
+
+    def _all(self) -> Iterator[dict]:
+        # by batches, since row by row `datasets` would deal out its files to the workers of a DataLoader, which here is
+        # done sample by sample
+        for batch in self.table.iter(batch_size=BATCH):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
     @property
     def fingerprint(self) -> str:

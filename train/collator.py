@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, S samples in the batch, I images in the batch, C chann
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class ConversationCollator:
         processor: a `PrefixVLMProcessor`.
         text_format: `caption` or `conversation`, as in `Stage`.
         noise: share of the input text tokens that become the noise token; special, image and padding tokens never do.
-        augment: for pictures without an up and a right: mirror and turn them at random, and shuffle their questions.
+        augment: for pictures without an up and a right: mirror and turn them at random.
         seed: of what is random about samples that have no seed of their own.
         row_length: pack several samples into rows of at most so many tokens, each seeing only itself; 0 gives every
             sample its own row.
@@ -79,9 +79,6 @@ class ConversationCollator:
             ValueError: naming the sample or the image that cannot be used.
         """
         sources = [self.random if sample.seed is None else random.Random(sample.seed) for sample in conversations]
-        if self.augment:
-            pairs = zip(conversations, sources, strict=True)
-            conversations = [replace(sample, turns=shuffled(sample.turns, source)) for sample, source in pairs]
         try:
             batch = self._processed(conversations)
         except ValueError as error:
@@ -162,15 +159,6 @@ def _turned(image: torch.Tensor, source: random.Random) -> torch.Tensor:
     if source.random() < 0.5:
         image = image.flip(-1)
     return image.rot90(source.randrange(4), dims=(-2, -1))
-
-
-def shuffled(turns: list[tuple[str, str]], source: random.Random) -> list[tuple[str, str]]:
-    """The turns with each question and its answer kept together, the pairs in random order."""
-    pairs = [turns[start : start + 2] for start in range(0, len(turns), 2)]
-    if any([role for role, _ in pair] != ["user", "assistant"] for pair in pairs):
-        return turns
-    source.shuffle(pairs)
-    return [turn for pair in pairs for turn in pair]
 
 
 def special_token_ids(tokenizer) -> set[int]:

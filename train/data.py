@@ -390,7 +390,7 @@ def _digest(*parts: str) -> str:
 
 
 SOURCES = {
-    "easy_vqa_captions": lambda split, statements=False: InMemory(easy_vqa.captions(split, statements)),
+    "easy_vqa_captions": lambda split: InMemory(easy_vqa.captions(split)),
     "easy_vqa_conversations": lambda split: InMemory(easy_vqa.conversations(split)),
     "llava": llava,
     "vqa": vqa,

@@ -4,7 +4,6 @@ The data set (MIT, https://github.com/vzhou842/easy-VQA) comes with the PyPI pac
 """
 
 import json
-import random
 import re
 from collections import defaultdict
 from importlib import resources
@@ -54,41 +53,26 @@ def facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
     return color, shape
 
 
-def captions(split: str, statements: bool = False) -> list[Conversation]:
-    """A sentence of its facts for each picture, such as "a red circle"; "shape" stands for an unknown shape.
-
-    Args:
-        statements: first say of two things that are there and two that are not, in any order, whether they are: "teal no,
-            circle yes, triangle no, red yes: a red circle". To go on after a word, picture and word must be compared.
-    """
-    source = random.Random(0)
+def captions(split: str) -> list[Conversation]:
+    """A sentence of its facts for each picture, such as "a red circle"; "shape" stands for an unknown shape."""
     samples = []
     for image, questions in questions_by_image(split).items():
         color, shape = facts(questions)
         words = ["a", color, shape or "shape"]
         caption = " ".join(word for word in words if word)
-        if statements:
-            said = _statements(color, COLORS, source) + _statements(shape, SHAPES, source)
-            source.shuffle(said)
-            caption = f"{', '.join(said)}: {caption}" if said else caption
         samples.append(Conversation([str(image)], [("user", ""), ("assistant", caption)], str(image)))
     return samples
 
 
-def _statements(fact: str | None, all_facts: tuple[str, ...], source: random.Random) -> list[str]:
-    if fact is None:
-        return []
-    other = source.choice([word for word in all_facts if word != fact])
-    return [f"{fact} yes", f"{other} no"]
-
-
 def conversations(split: str) -> list[Conversation]:
-    """All questions of a picture and their answers as one conversation."""
-    return [
-        Conversation(
-            [str(image)],
-            [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))],
-            str(image),
-        )
-        for image, pairs in questions_by_image(split).items()
-    ]
+    """All questions of a picture and their answers as one conversation, those to be answered by yes or no first.
+
+    After "what color is the shape?" - "red", many a yes or no can be told from the text alone; in this order the picture
+    is needed.
+    """
+    samples = []
+    for image, questions in questions_by_image(split).items():
+        ordered = sorted(questions, key=lambda pair: pair[1] not in ("yes", "no"))
+        turns = [turn for question, answer in ordered for turn in (("user", question), ("assistant", answer))]
+        samples.append(Conversation([str(image)], turns, str(image)))
+    return samples

@@ -63,7 +63,7 @@ class StageRecipe:
         data: `source` (see `train/data.py`) and its options.
         stage: the stage itself: the paper's, with the fields that the recipe names changed.
         device_batch_size: samples a device takes at once; the rest of `stage.batch_size` is accumulated.
-        augment: turn images and shuffle questions at random.
+        augment: mirror and turn images at random.
         max_steps: stop after so many optimiser steps; -1 for whole epochs. A stream needs it.
         group_by_length: put samples of similar length into the same batch.
         row_length: pack the samples of a device batch into rows of at most so many tokens; 0 for one sample a row.

@@ -64,7 +64,9 @@ def summed_loss_and_gradients(model, batches):
         loss = model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss
         loss.backward()
         total += loss.item()
-    return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return total, {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("mode", ["causal", "prefix", "prefix_all_images", "bidirectional"])

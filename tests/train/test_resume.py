@@ -30,7 +30,9 @@ def data_folder(tmp_path):
     with (folder / "rows.jsonl").open("w") as file:
         for index in range(ROWS):
             Image.effect_noise((16, 16), 80).convert("RGB").save(folder / f"{index}.png")
-            file.write(json.dumps({"image": f"{index}.png", "texts": [f"picture number {index} " * (1 + index % 4)]}) + "\n")
+            file.write(
+                json.dumps({"image": f"{index}.png", "texts": [f"picture number {index} " * (1 + index % 4)]}) + "\n"
+            )
     return folder
 
 

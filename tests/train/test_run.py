@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from small_recipe import SMALL
@@ -35,6 +36,12 @@ def test_stages_build_on_each_other(recipe, tmp_path):
         assert len(losses) == 2
         assert ("loss_noised" in losses[0]) == (number == 0)
         assert (folder / "loss.png").stat().st_size > 1000
+        assert (folder / "skipped.jsonl").read_text() == ""
+        record = json.loads((folder / "run.json").read_text())
+        assert record["samples"] == {"read": 1000, "used": 1000, "skipped": 0}
+        assert record["versions"]["torch"] == torch.__version__
+        assert record["settings"]["stage"]["stage"]["number"] == number
+        assert {"command", "seed", "device", "data_fingerprint", "seconds", "steps"} <= record.keys()
         config = json.loads((folder / "config.json").read_text())
         assert config["attention_mode"] == ("prefix" if number else "bidirectional")
         for name in (

@@ -7,8 +7,9 @@ import torch
 from tiny import random_batch, tiny_model
 from transformers import TrainingArguments
 
+from prefixvlm.train.measure import training_flops
 from prefixvlm.train.stages import MODULES, PAPER_STAGES
-from prefixvlm.train.trainer import StageTrainer, cosine_with_floor, module_of
+from prefixvlm.train.trainer import StageTrainer, _sample_lengths, cosine_with_floor, module_of
 
 
 class Rows(torch.utils.data.Dataset):
@@ -124,6 +125,57 @@ def test_noised_and_clean_targets_are_logged_apart(tmp_path):
     assert log["loss_noised"] == pytest.approx(losses[asked & noised].mean().item(), rel=1e-5)
     assert log["loss_clean"] == pytest.approx(losses[asked & ~noised].mean().item(), rel=1e-5)
     assert log["loss_noised"] != pytest.approx(log["loss_clean"], rel=1e-3)
+
+
+def logged(trainer) -> list[dict]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_gradient_norms_of_modules_are_those_before_clipping(tmp_path):
+    model = tiny_model()
+    batch = stack_without_noise(Rows(model).rows)
+    model(**batch, use_cache=False).loss.backward()
+    expected = {
+        module: torch.stack([p.grad.norm() for p in getattr(model, module).parameters()]).norm().item()
+        for module in MODULES
+    }
+    for limit in (1e-4, 1e4):
+        stage = dataclasses.replace(PAPER_STAGES[2], max_grad_norm=limit)
+        options = {"max_grad_norm": limit, "max_steps": 1, "per_device_train_batch_size": 8}
+        (entry,) = logged(make_trainer(tmp_path, stage, **options))
+        for module in MODULES:
+            assert entry[f"grad_norm/{module}"] == pytest.approx(expected[module], rel=1e-4)
+
+
+def test_frozen_modules_have_no_gradient_norm(tmp_path):
+    entry = logged(make_trainer(tmp_path, PAPER_STAGES[1]))[0]
+    assert [name for name in entry if name.startswith("grad_norm/")] == ["grad_norm/projector"]
+    assert [name for name in entry if name.startswith("learning_rate/")] == ["learning_rate/projector"]
+
+
+def test_throughput_counts_real_tokens_and_mfu_is_flops_over_time(tmp_path):
+    trainer = make_trainer(tmp_path, PAPER_STAGES[2], max_steps=1, per_device_train_batch_size=8)
+    trainer._peak_rate = 1e9
+    batch = stack_without_noise(trainer.train_dataset.rows)
+    (entry,) = logged(trainer)
+    lengths = batch["attention_mask"].sum(dim=-1)
+    seconds = 8 / entry["samples_per_second"]
+    assert entry["tokens_per_second"] == pytest.approx(lengths.sum().item() / seconds, rel=1e-4)
+    assert entry["real_token_share"] == pytest.approx(batch["attention_mask"].float().mean().item())
+    trains = dict.fromkeys(MODULES, True)
+    asked = (batch["labels"] != -100).sum().item()
+    flops = training_flops(trainer.model, trains, 8, lengths.sum().item(), lengths.square().sum().item(), asked)
+    assert entry["mfu"] == pytest.approx(flops / seconds / 1e9, rel=1e-4)
+    assert 0 < entry["peak_memory_gib"] < 100
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_samples_are_counted_by_their_own_lengths(packed):
+    documents = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    mask = (documents > 0).long()
+    lengths = _sample_lengths(mask, documents if packed else None)
+    assert sorted(lengths.tolist()) == ([2, 3, 6] if packed else [5, 6])
 
 
 def test_head_runs_on_supervised_positions_only(tmp_path, monkeypatch):

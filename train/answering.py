@@ -3,6 +3,9 @@
 Shapes: B batch, T tokens.
 """
 
+import re
+from dataclasses import replace
+
 import torch
 from tqdm.auto import tqdm
 
@@ -38,3 +41,29 @@ def answer(model, processor, questions: list[Conversation], batch_size: int = 25
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text.strip()
     return answers
+
+
+def vqa_accuracy(model, processor, samples, **options) -> dict[str, float | int]:
+    """Exact match of generated answers, apart for questions answered by yes or no and for open ones.
+
+    Case, punctuation and spaces around words do not count.
+
+    Args:
+        samples: a sequence of `Conversation`s of one question and its answer each.
+        options: those of `answer`.
+
+    Returns:
+        For `yes_no` and `open` the number of questions and, if there are any, the accuracy in [0, 1].
+    """
+    asked = [samples[index] for index in range(len(samples))]
+    questions = [replace(sample, turns=sample.turns[:-1]) for sample in asked]
+    hits = {"yes_no": [], "open": []}
+    for sample, prediction in zip(asked, answer(model, processor, questions, **options), strict=True):
+        reference = _normalized(sample.turns[-1][1])
+        hits["yes_no" if reference in ("yes", "no") else "open"].append(_normalized(prediction) == reference)
+    counts = {f"{kind}_questions": len(found) for kind, found in hits.items()}
+    return {**counts, **{kind: sum(found) / len(found) for kind, found in hits.items() if found}}
+
+
+def _normalized(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())

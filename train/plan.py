@@ -3,6 +3,7 @@
 Shapes: T tokens, P image tokens.
 """
 
+import copy
 import random
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from prefixvlm.train import data, model_building
+from prefixvlm.train import data, lora, model_building
 from prefixvlm.train.collator import ConversationCollator
 from prefixvlm.train.measure import training_flops
 from prefixvlm.train.recipe import Recipe, StageRecipe
@@ -131,6 +132,8 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
     """The lines about one stage, and its seconds where a step could be measured."""
     stage = stage_recipe.stage
     stage.prepare(model)
+    if recipe.lora:
+        model = lora.add_adapters(copy.deepcopy(model), recipe.lora, stage)
     steps = -(-size.rows // stage.batch_size) * stage.epochs if stage_recipe.max_steps < 0 else stage_recipe.max_steps
     seen = (
         min(steps * stage.batch_size, size.rows * stage.epochs) if stage_recipe.max_steps < 0 else steps * stage.batch_size

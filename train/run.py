@@ -311,8 +311,12 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
     """transformers' arguments for one stage; the schedule itself is `StageTrainer`'s."""
     stage = stage_recipe.stage
     devices = processes().num_processes
-    if devices == 1:
-        devices = max(1, torch.cuda.device_count())  # one process drives all of them
+    if devices == 1 and torch.cuda.device_count() > 1:
+        # `Trainer` would cut each batch into pieces, and images from their texts
+        raise ValueError(
+            f"This machine has {torch.cuda.device_count()} GPUs; start one process for each (torchrun --nproc-per-node "
+            f"{torch.cuda.device_count()} -m prefixvlm train ...), or choose one by CUDA_VISIBLE_DEVICES=0."
+        )
     device_batch = min(stage_recipe.device_batch_size, stage.batch_size)
     if stage.batch_size % (device_batch * devices):
         raise ValueError(

@@ -115,6 +115,12 @@ def test_without_merging_the_adapter_alone_is_left(start):
     assert not (folder / "model.safetensors").exists()
 
 
+def test_a_dry_run_counts_adapters(start, capsys):
+    assert main(["train", recipe(start), "--dry-run"]) == 0
+    adapters = sum(p.numel() for n, p in adapted(["language_model"]).named_parameters() if "lora_" in n)
+    assert f"language_model {adapters:,} at 0.01" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

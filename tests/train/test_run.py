@@ -96,3 +96,9 @@ def test_batch_that_cannot_be_cut(recipe):
     recipe.stages[0].device_batch_size = 3
     with pytest.raises(ValueError, match="a batch of 4 cannot be cut into device batches of 3"):
         run.run_recipe(recipe, [0])
+
+
+def test_several_gpus_need_a_process_each(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"This machine has 3 GPUs; start one process for each"):
+        run.training_arguments(recipe.stages[0], recipe, "out")

@@ -31,7 +31,7 @@ class Stage:
     projector_lr: float
     language_model_lr: float
     noise: float = 0.0
-    epochs: float = 1
+    epochs: float = 1.0
     batch_size: int = 128
     warmup: float = 0.0
     min_lr: float = 1e-8

@@ -103,6 +103,11 @@ def test_overrides_reach_stages_and_turn_into_numbers(tmp_path):
             load_recipe(str(path), [bad])
 
 
+def test_epochs_may_be_a_fraction():
+    stages = {2: {**MINIMAL["stages"][2], "epochs": 2.5}}
+    assert parse_recipe(changed(stages=stages)).stages[2].stage.epochs == 2.5
+
+
 def test_files_that_are_no_recipe(tmp_path):
     broken = tmp_path / "broken.yaml"
     for text in ("a: [", "- 1", ""):

@@ -131,9 +131,9 @@ def _some(samples) -> data.InMemory:
 def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize, device) -> tuple[list[str], float | None]:
     """The lines about one stage, and its seconds where a step could be measured."""
     stage = stage_recipe.stage
-    stage.prepare(model)
     if recipe.lora:
         model = lora.add_adapters(copy.deepcopy(model), recipe.lora, stage)
+    stage.prepare(model)
     steps = -(-size.rows // stage.batch_size) * stage.epochs if stage_recipe.max_steps < 0 else stage_recipe.max_steps
     seen = (
         min(steps * stage.batch_size, size.rows * stage.epochs) if stage_recipe.max_steps < 0 else steps * stage.batch_size

@@ -199,7 +199,6 @@ def train_stage(
         if processes().is_main_process:
             write_atomically(partial / RECORD, json.dumps(record, indent=1))
         if recipe.lora:
-            stage.prepare(model)
             model = lora.add_adapters(model, recipe.lora, stage)
         trainer = StageTrainer(
             model,

@@ -142,3 +142,14 @@ def test_few_bits_need_bitsandbytes(start, kind, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert main(["train", recipe(start, quantize=kind)]) == 2
     assert "pip install bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_of_few_bits_leaves_a_whole_model(start, kind):
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    assert main(["train", recipe(start, quantize=kind)]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (start, start.parent / "out" / "stage-3"))
+    assert {name: weight.dtype for name, weight in before.items()} == {name: w.dtype for name, w in after.items()}
+    untouched = [name for name in before if "vision_tower" in name or "norm" in name]
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    assert not torch.equal(before["projector.linear_1.weight"], after["projector.linear_1.weight"])

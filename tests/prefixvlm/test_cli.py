@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from prefixvlm.cli import main
+from prefixvlm.cli import main, one_line
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def saved(tmp_path_factory):
 def test_help_needs_no_torch():
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from prefixvlm.cli import main\n"
+        "from prefixvlm.cli import main, one_line\n"
         "main(['--help'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -45,6 +45,11 @@ def test_module_runs():
         ["train", "quickstart", "--stages", "zero"],
         ["train", "quickstart", "--stages", "0", "stages.0.epoch=1"],
         ["train", "quickstart", "--stages", "9"],
+        ["train", "quickstart", "--max-steps", "0"],
+        ["train", "quickstart", "--dry-run", "--stages", "9"],
+        ["train", "pathvqa", "model.start=no/such/model"],
+        ["train", "pathvqa", "--dry-run", "model.start=no/such/model"],
+        ["train", "pathvqa", "--dry-run", "--random-init"],
         ["generate", "no/such/model", "--image", "x.png"],
         ["generate", "{saved}", "--image", "no-such.png"],
         ["generate", "{saved}", "--image", "{saved}/config.json", "--prompt", "what?"],
@@ -71,6 +76,14 @@ def test_what_no_command_takes_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+def test_an_error_of_a_worker_process_is_one_line_too():
+    error = ValueError(
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in f\n    raise ValueError()\nValueError: data.json, row 7: there is no\nsuch image.'
+    )
+    assert one_line(error) == "data.json, row 7: there is no such image."
 
 
 def test_masks(tmp_path, capsys):

@@ -321,3 +321,11 @@ def test_the_processor_names_the_image_that_is_bad(tmp_path):
     messages = [{"role": "user", "content": [{"type": "image", "image": image} for image in (good, bad.read_bytes())]}]
     with pytest.raises(ValueError, match=r"^image 2 of 2 cannot be read"):
         processor.apply_chat_template(messages, tokenize=True)
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 4])
+def test_very_flat_images_are_no_channels(height):
+    image = Image.new("RGB", (16, height), (200, 100, 50))
+    found = tiny_processor()(images=image)["pixel_values"][0]
+    expected = tiny_processor()(images=Image.new("RGB", (16, 16), (200, 100, 50)))["pixel_values"][0]
+    np.testing.assert_allclose(found, expected)

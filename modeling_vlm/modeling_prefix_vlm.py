@@ -354,6 +354,18 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         # a placeholder is not a word: once generated, it would ask for an image that nobody gave
         self.generation_config.suppress_tokens = [config.image_token_id]
 
+    @property
+    def base_model(self) -> PrefixVLMModel:
+        """The same modules without the head and without this object's hooks, for whoever applies the head by himself."""
+        backbone = PrefixVLMModel.__new__(PrefixVLMModel)
+        nn.Module.__init__(backbone)
+        # TRL also replaces `forward`, by one that calls this
+        own = (backbone.__dict__.keys() - {"_modules", "training"}) | {"forward"}
+        backbone.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        return backbone
+
+    model = base_model  # where TRL looks with transformers 4
+
     @classmethod
     def from_backbones(
         cls,

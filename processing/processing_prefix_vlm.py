@@ -172,7 +172,8 @@ class PrefixVLMProcessor(ProcessorMixin):
                 (`text_kwargs`, `images_kwargs`).
 
         Returns:
-            `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if asked for.
+            `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if asked for; one text
+            is a batch of one, as for the processors of transformers.
 
         Raises:
             ValueError: for an image that cannot be used, images that cannot be dealt out, or a `max_length` that would
@@ -185,15 +186,14 @@ class PrefixVLMProcessor(ProcessorMixin):
             raise TypeError(f"The processor does not know the argument(s) {', '.join(unused)}.")
         if text is None:
             return self._image_features(images, image_kwargs)
-        alone = isinstance(text, str)
-        texts = [text] if alone else list(text)
+        texts = [text] if isinstance(text, str) else list(text)
         groups = self._images_by_text(images, texts)
         texts = [self._with_images(sample, len(group)) for sample, group in zip(texts, groups, strict=True)]
         bos = self.tokenizer.bos_token
         if bos and texts and texts[0].startswith(bos):  # rendered, so that it has all its special tokens
             text_kwargs["add_special_tokens"] = False
         samples = [[(sample, True)] for sample in texts]
-        return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels, alone)
+        return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
 
     def apply_chat_template(
         self,
@@ -253,7 +253,7 @@ class PrefixVLMProcessor(ProcessorMixin):
             groups = self._images_by_text(images, texts)
         text_kwargs["add_special_tokens"] = False
         samples = [_split(text, answers) for text, answers in zip(texts, spans or [[]] * len(texts), strict=True)]
-        encoded = self._encode(samples, groups, text_kwargs, image_kwargs, with_labels, alone)
+        encoded = self._encode(samples, groups, text_kwargs, image_kwargs, with_labels)
         if return_assistant_tokens_mask:
             labels = encoded["labels"] if return_labels else encoded.pop("labels")
             encoded["assistant_masks"] = _is_supervised(labels)
@@ -348,9 +348,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         images = [load_image(image, f"image {index + 1} of {len(images)}") for index, image in enumerate(images)]
         return self.image_processor([_rows_repeated(image) for image in images], **image_kwargs)
 
-    def _encode(
-        self, samples, groups, text_kwargs: dict, image_kwargs: dict, with_labels: bool, alone: bool
-    ) -> BatchFeature:
+    def _encode(self, samples, groups, text_kwargs: dict, image_kwargs: dict, with_labels: bool) -> BatchFeature:
         """Tokenizes samples of (text, supervised) pieces, pads them and adds the images.
 
         The pieces of a sample are tokenized one by one, so that no token can straddle the border of an answer.
@@ -396,8 +394,6 @@ class PrefixVLMProcessor(ProcessorMixin):
         }
         if with_labels:
             data["labels"] = _pad(labels, width, IGNORE_INDEX, left)
-        if alone and image_kwargs["return_tensors"] is None:
-            data = {name: values[0] for name, values in data.items()}
         if any(groups):
             data.update(self._image_features(groups, image_kwargs))
         return BatchFeature(data=data, tensor_type=image_kwargs["return_tensors"])

@@ -80,11 +80,13 @@ def answers(model, processor) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _auto_classes_that_do_not_know_us():
-    """transformers 5 prefers classes that somebody registered in this process to the code in the folder."""
+def _a_process_that_does_not_know_us():
     with pytest.MonkeyPatch.context() as patch:
+        # transformers 5 prefers classes that somebody registered in this process to the code in the folder
         for mapping in (CONFIG_MAPPING, PROCESSOR_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
             patch.setattr(mapping, "_extra_content", {})
+        # TRL trains in bfloat16, and transformers 4 would leave that here to whoever trains next
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
         yield
 
 
@@ -158,7 +160,7 @@ def test_the_checkpoint_is_again_a_folder_for_the_auto_classes(training):
 
 MIXED = [
     ([LEARNT["red"]], asked("which?", "red", "really?", "yes")),
-    ([LEARNT["blue"], LEARNT["red"]], asked("and these two?", "blue and red, in this order")),
+    ([LEARNT["red"], LEARNT["blue"]], asked("and these two?", "red and blue, in this order")),
     ([], asked("no image?", "none")),
 ]
 
@@ -182,10 +184,10 @@ def test_each_row_keeps_its_images(folder, form, tmp_path):
     ("form", "expected"),
     [
         # with what the template writes after the end of a turn
-        (COMPLETION, [f"yes{END}\n", f"blue and red, in this order{END}\n", f"none{END}\n"]),
+        (COMPLETION, [f"yes{END}\n", f"red and blue, in this order{END}\n", f"none{END}\n"]),
         pytest.param(
             ANSWERS,
-            [f"red{END}yes{END}", f"blue and red, in this order{END}", f"none{END}"],
+            [f"red{END}yes{END}", f"red and blue, in this order{END}", f"none{END}"],
             marks=ANSWERS_IF_NEW.marks,
         ),
     ],

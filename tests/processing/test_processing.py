@@ -56,8 +56,19 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+def only_row(batch) -> dict:
+    """A batch of one text in lists as this text's own ids, mask and labels, and its images; tensors stay as they are."""
+    one_list = isinstance(batch["input_ids"], list)
+    return {name: values[0] if one_list and name != "pixel_values" else values for name, values in batch.items()}
+
+
+def one(processor=PROCESSOR, **kwargs) -> dict:
+    return only_row(processor(**kwargs))
+
+
 def encode(messages, processor=PROCESSOR, **kwargs):
-    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+    encoded = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+    return encoded if isinstance(messages[0], list) else only_row(encoded)
 
 
 def image_positions(ids) -> list[int]:
@@ -79,7 +90,7 @@ def counts(ids) -> tuple[int, int, int]:
 def test_typed_tokens_never_change_the_number_of_image_tokens(text, images):
     given_images = [picture(number) for number in range(images)]
     for form in (given_images, [given_images], given_images or None):
-        encoded = PROCESSOR(images=form, text=text)
+        encoded = one(images=form, text=text)
         assert encoded["input_ids"].count(IMAGE_TOKEN_ID) == images * P
         assert len(encoded.get("pixel_values", [])) == images
     # nothing is lost of what was typed, but for the spaces that break up the tokens and the places asked for
@@ -106,7 +117,7 @@ def test_typed_tokens_never_change_the_tokens_of_a_conversation(question, answer
     assert PROCESSOR.decode([label for label in encoded["labels"] if label != IGNORE]) == expected
     # the same text, rendered and then passed on
     text = PROCESSOR.apply_chat_template(conversation(question, answer), add_generation_prompt=True)
-    again = PROCESSOR(images=[picture(number) for number in range(images)], text=text)
+    again = one(images=[picture(number) for number in range(images)], text=text)
     assert again["input_ids"] == encoded["input_ids"]
 
 
@@ -134,13 +145,18 @@ def test_as_typed_changes_only_control_tokens(text):
 # raw texts
 
 
-def test_one_text_without_tensors_is_flat_and_a_batch_is_not():
-    alone = PROCESSOR(images=picture(0), text="ab", return_labels=True)
-    batch = PROCESSOR(images=[picture(0)], text=["ab"], return_labels=True)
+@pytest.mark.parametrize("kind", [None, "pt", "np"])
+def test_one_text_is_a_batch_of_one(kind):
+    """As for every processor of transformers for images: TRL, for one, takes the first row of what it gets."""
+    alone = PROCESSOR(images=picture(0), text="ab", return_labels=True, return_tensors=kind)
+    batch = PROCESSOR(images=[picture(0)], text=["ab"], return_labels=True, return_tensors=kind)
     for name in ("input_ids", "attention_mask", "labels"):
-        assert [alone[name]] == batch[name]
-    assert alone["attention_mask"] == [1] * (P + 2)
+        assert np.shape(alone[name]) == (1, P + 2)
+        assert np.array_equal(alone[name], batch[name])
     assert np.shape(alone["pixel_values"]) == np.shape(batch["pixel_values"]) == (1, 3, 16, 16)
+    messages = [user(image_part(0), "ab")]
+    ids = PROCESSOR.apply_chat_template(messages, tokenize=True, return_tensors=kind)
+    assert np.array_equal(ids, PROCESSOR.apply_chat_template([messages], tokenize=True, return_tensors=kind))
 
 
 @pytest.mark.parametrize("kind", ["pt", "np"])
@@ -172,9 +188,9 @@ def test_text_only_and_images_only():
 
 
 def test_the_image_stands_where_its_token_does_and_else_in_front():
-    assert image_positions(PROCESSOR(images=picture(0), text="abc")["input_ids"]) == [0, 1, 2, 3]
-    assert image_positions(PROCESSOR(images=picture(0), text=f"ab{IMAGE}c")["input_ids"]) == [2, 3, 4, 5]
-    two = PROCESSOR(images=[picture(0), picture(1)], text=f"{IMAGE}a{IMAGE}b")["input_ids"]
+    assert image_positions(one(images=picture(0), text="abc")["input_ids"]) == [0, 1, 2, 3]
+    assert image_positions(one(images=picture(0), text=f"ab{IMAGE}c")["input_ids"]) == [2, 3, 4, 5]
+    two = one(images=[picture(0), picture(1)], text=f"{IMAGE}a{IMAGE}b")["input_ids"]
     assert image_positions(two) == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
@@ -189,7 +205,7 @@ def test_images_are_dealt_out_in_order():
     one_each = PROCESSOR(images=[picture(1), picture(2)], text=["a", "b"])
     assert [row.count(IMAGE_TOKEN_ID) for row in one_each["input_ids"]] == [P, P]
     for nothing in (None, [], [[], []]):
-        assert PROCESSOR(images=nothing, text=["a", f"b{IMAGE}"])["input_ids"][0] == PROCESSOR(text="a")["input_ids"]
+        assert PROCESSOR(images=nothing, text=["a", f"b{IMAGE}"])["input_ids"][0] == one(text="a")["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +230,7 @@ def test_rows_of_a_padded_batch_are_the_single_rows(side):
     width = max(P + 1, 11, 2 * P)
     assert batch["input_ids"].shape == (3, width)
     for row, (text, group) in enumerate(zip(texts, images, strict=True)):
-        alone = PROCESSOR(images=group, text=text, return_labels=True)
+        alone = one(images=group, text=text, return_labels=True)
         length = len(alone["input_ids"])
         kept = slice(width - length, None) if side == "left" else slice(length)
         for name, padding in (("input_ids", PROCESSOR.tokenizer.pad_token_id), ("labels", IGNORE), ("attention_mask", 0)):
@@ -248,18 +264,18 @@ def test_widths_of_padding():
 
 
 def test_truncation():
-    ids = PROCESSOR(images=picture(0), text="abcdef")["input_ids"]
+    ids = one(images=picture(0), text="abcdef")["input_ids"]
     for flag in (True, "longest_first", "only_first"):
-        cut = PROCESSOR(images=picture(0), text="abcdef", truncation=flag, max_length=P + 2, return_labels=True)
+        cut = one(images=picture(0), text="abcdef", truncation=flag, max_length=P + 2, return_labels=True)
         assert cut["input_ids"] == ids[: P + 2]
         assert cut["labels"] == [IGNORE] * P + ids[P : P + 2]
     for flag in (None, False, "do_not_truncate"):
-        assert PROCESSOR(images=picture(0), text="abcdef", truncation=flag, max_length=P + 2)["input_ids"] == ids
+        assert one(images=picture(0), text="abcdef", truncation=flag, max_length=P + 2)["input_ids"] == ids
     processor = tiny_processor()
     processor.tokenizer.model_max_length = P + 3
-    assert processor(images=picture(0), text="abcdef", truncation=True)["input_ids"] == ids[: P + 3]
+    assert one(processor, images=picture(0), text="abcdef", truncation=True)["input_ids"] == ids[: P + 3]
     processor.tokenizer.truncation_side = "left"
-    assert processor(text="abcdef", truncation=True, max_length=2)["input_ids"] == ids[-2:]
+    assert one(processor, text="abcdef", truncation=True, max_length=2)["input_ids"] == ids[-2:]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -314,16 +330,16 @@ def test_a_tokenizer_with_a_start_token_sets_it_once_and_before_the_image():
     adds_it = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
     tokenizer.backend_tokenizer.post_processor = adds_it
     processor = PrefixVLMProcessor(siglip_image_processor(16), tokenizer, num_image_tokens=P)
-    raw = processor(images=picture(0), text="a")["input_ids"]
-    assert raw == [0, *[IMAGE_TOKEN_ID] * P, *PROCESSOR(text="a")["input_ids"]]
-    assert processor(text="a", add_special_tokens=False)["input_ids"] == PROCESSOR(text="a")["input_ids"]
+    raw = one(processor, images=picture(0), text="a")["input_ids"]
+    assert raw == [0, *[IMAGE_TOKEN_ID] * P, *one(text="a")["input_ids"]]
+    assert one(processor, text="a", add_special_tokens=False)["input_ids"] == one(text="a")["input_ids"]
     encoded = encode([user(image_part(0), "a")], processor)
     assert encoded["input_ids"][: P + 2] == [0, *[IMAGE_TOKEN_ID] * P, START_ID]
     text = processor.apply_chat_template([user(image_part(0), "a")])
-    assert processor(images=picture(0), text=text)["input_ids"] == encoded["input_ids"]
+    assert one(processor, images=picture(0), text=text)["input_ids"] == encoded["input_ids"]
     # also where the image was not part of the messages
     text = processor.apply_chat_template([user("a")])
-    assert processor(images=picture(0), text=text)["input_ids"] == encoded["input_ids"]
+    assert one(processor, images=picture(0), text=text)["input_ids"] == encoded["input_ids"]
 
 
 # conversations
@@ -387,7 +403,7 @@ def test_an_image_in_an_answer_is_no_label():
 def test_a_template_without_marks_gives_no_labels_but_still_renders(caplog):
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert PROCESSOR.apply_chat_template([assistant("a")], chat_template=template) == "a"
-    assert encode([assistant("a")], chat_template=template)["input_ids"] == PROCESSOR(text="a")["input_ids"]
+    assert encode([assistant("a")], chat_template=template)["input_ids"] == one(text="a")["input_ids"]
     for name in ("return_labels", "return_assistant_tokens_mask"):
         with pytest.raises(ValueError, match="does not mark the answers"):
             encode([assistant("a")], chat_template=template, **{name: True})
@@ -494,7 +510,7 @@ def test_placeholders_with_the_images_apart():
         encode([user(image_part(1))], images=images[:1])
     # without placeholders, raw texts and rendered ones take the image in front, and turns stay turns
     text = PROCESSOR.apply_chat_template([user("a")])
-    assert PROCESSOR(images=picture(1), text=text)["input_ids"] == encode([user(image_part(1), "a")])["input_ids"]
+    assert one(images=picture(1), text=text)["input_ids"] == encode([user(image_part(1), "a")])["input_ids"]
 
 
 def test_batches_of_conversations():

@@ -168,6 +168,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         parts = (vision_model, language_model)
         self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
         self.post_init()
+        # the backbones also name layers they do not have here, and accelerate refuses to shard a model by those
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules))
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

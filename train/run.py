@@ -209,6 +209,8 @@ def train_stage(
             processing_class=processor,
             feature_cache=collator.feature_cache,
         )
+        if trainer.is_sharded and recipe.lora and recipe.lora.merge:
+            raise ValueError("Adapters cannot be merged into sharded weights; set lora.merge to false.")
         started = time.time()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         model = _save(trainer, model, recipe, partial)
@@ -237,6 +239,9 @@ def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path):
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))
+        if trainer.is_sharded:  # and remains so; the next stage starts from a whole model
+            processes().wait_for_everyone()
+            model, _ = model_building.load(str(folder), recipe.model.dtype)
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
     return model
 

@@ -58,6 +58,23 @@ class StageTrainer(Trainer):
         self._meter = _Meter()
         self._peak_rate = None
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.args.bf16:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # accelerate's own policy would also sum the gradients, and return the loss, in bfloat16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        if self.is_sharded and self.feature_cache is not None:
+            # which images have to be encoded differs from process to process, and encoding would take all of them
+            raise ValueError("Sharded weights and a feature cache do not go together; leave out feature_cache_gb.")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are or may be spread over the processes, so that none of them has a whole model."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def create_optimizer(self, model=None):
         """AdamW over groups (module, decay or not); each trainable parameter is in exactly one, no frozen one in any."""
         if self.optimizer is None:

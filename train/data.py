@@ -46,15 +46,8 @@ class Samples:
 
     def __init__(self, rows: RowTable, form: "Form"):
         self.rows, self.form = rows, form
-        self.places = [(index, part) for index in range(len(rows)) for part in range(self._parts(index))]
-
-    def _parts(self, index: int) -> int:
-        if not self.form.has_parts:
-            return 1
-        try:
-            return self.form.parts(self.rows[index])
-        except ValueError:
-            return 1  # so that the row is reported when it is asked for
+        counts = (_parts(form, partial(rows.__getitem__, index)) for index in range(len(rows)))
+        self.places = [(index, part) for index, count in enumerate(counts) for part in range(count)]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -62,7 +55,7 @@ class Samples:
     def name(self, index: int) -> str:
         """Where a sample stands: its file, its row and, of several, its text."""
         row, part = self.places[index]
-        return self.rows.where(row) + (f", text {part + 1}" if self.form.has_parts else "")
+        return _name(self.form, self.rows.where(row), part)
 
     def __getitem__(self, index: int) -> Conversation:
         row, part = self.places[index]
@@ -103,15 +96,8 @@ class Stream:
     def _in_order(self):
         for where, row in self.rows:
             read = partial(parsed, row[TEXT]) if list(row) == [TEXT] else partial(dict, row)
-            if not self.form.has_parts:
-                yield where, partial(_made, self.form, read, 0, where)
-                continue
-            try:
-                parts = self.form.parts(read())
-            except ValueError:
-                parts = 1
-            for part in range(parts):
-                name = f"{where}, text {part + 1}"
+            for part in range(_parts(self.form, read)):
+                name = _name(self.form, where, part)
                 yield name, partial(_made, self.form, read, part, name)
 
     @property
@@ -184,7 +170,8 @@ class MixedStream:
 class Form:
     """How the rows of one kind of data set become conversations.
 
-    `has_parts` says that a row may hold several samples; `parts` counts them, and `turns` gives the turns of one.
+    Each form has `turns(row, part)`, the (role, text) pairs of one sample. Where a row may hold several, `has_parts` is set
+    and `parts(row)` counts them.
     """
 
     has_parts = False
@@ -194,12 +181,6 @@ class Form:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items() if k != 'folder')})"
-
-    def parts(self, row: dict) -> int:
-        raise NotImplementedError
-
-    def turns(self, row: dict, part: int) -> list[tuple[str, str]]:
-        raise NotImplementedError
 
     def images(self, row: dict) -> list:
         """The images of a row: bytes or PIL images as they are, paths below the data's own folder."""
@@ -344,6 +325,20 @@ def _image_folder(path: str, images: str | None) -> Path:
             raise ValueError(f"{images}: there is no such folder of images.")
         return Path(images)
     return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def _parts(form: Form, read: Callable[[], dict]) -> int:
+    """How many samples a row holds; one that cannot be read counts as one, which is reported when it is asked for."""
+    if not form.has_parts:
+        return 1
+    try:
+        return form.parts(read())
+    except ValueError:
+        return 1
+
+
+def _name(form: Form, where: str, part: int) -> str:
+    return f"{where}, text {part + 1}" if form.has_parts else where
 
 
 def _made(form: Form, read: Callable[[], dict], part: int, name: str) -> Conversation:

@@ -47,7 +47,7 @@ def encode_one(collator, sample, max_length: int | None):
     (encoded,) = collator.encoded([sample])
     if max_length is not None and len(encoded) > max_length:
         raise ValueError(f"{sample.name}: it has {len(encoded)} tokens, the limit is {max_length}.")
-    if not sample.is_filler and not (encoded.labels != IGNORE_INDEX).any():
+    if not (encoded.labels != IGNORE_INDEX).any():
         raise ValueError(f"{sample.name}: there is no token to learn.")
     return encoded
 
@@ -117,8 +117,11 @@ class _Trials(torch.utils.data.Dataset):
 def write_report(skipped: list[tuple[str, str]], path: Path) -> None:
     """One line of JSON for each sample that is not trained on."""
     with path.open("w", encoding="utf-8") as file:
-        for name, reason in skipped:
-            file.write(json.dumps({"sample": name, "reason": reason}, ensure_ascii=False) + "\n")
+        file.writelines(_line(name, reason) for name, reason in skipped)
+
+
+def _line(name: str, reason: str) -> str:
+    return json.dumps({"sample": name, "reason": reason}, ensure_ascii=False) + "\n"
 
 
 def refuse_if_too_many(skipped: list[tuple[str, str]], read: int, limit: float, path: Path) -> None:
@@ -150,5 +153,5 @@ class StreamReport:
     def __call__(self, name: str, reason: str, read: int) -> None:
         self.skipped.append((name, reason))
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"sample": name, "reason": reason}, ensure_ascii=False) + "\n")
+            file.write(_line(name, reason))
         refuse_if_too_many(self.skipped, max(read, FIRST_VERDICT), self.limit, self.path)

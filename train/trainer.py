@@ -211,7 +211,7 @@ class _BeforeEveryStep(TrainerCallback):
 
 
 class _Meter:
-    """Sums over the batches since it was last read, on the device, so that adding needs no waiting."""
+    """Sums over the batches since it was last read, kept on the device until then."""
 
     def __init__(self):
         self.clear()

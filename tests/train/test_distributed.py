@@ -23,8 +23,9 @@ def torchrun(processes, *arguments):
 def history(tmp_path, processes, device_batch):
     output = tmp_path / str(processes)
     output.mkdir()
-    torchrun(processes, str(SCRIPT), str(output), str(device_batch))
-    return json.loads((output / "history.json").read_text())
+    torchrun(processes, str(SCRIPT), "steps", str(output), str(device_batch))
+    entries = json.loads((output / "history.json").read_text())
+    return [(entry["loss"], entry["grad_norm"]) for entry in entries]
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -21,7 +21,7 @@ import prefixvlm.train.recipe
 from prefixvlm.train.conversation import Conversation
 from prefixvlm.train.order import EpochSampler, OrderedSamples, StreamedSamples
 
-SCRIPT = Path(__file__).with_name("two_processes_fsdp.py")
+SCRIPT = Path(__file__).with_name("two_processes.py")
 CONFIGS = Path(prefixvlm.train.recipe.__file__).with_name("recipes") / "accelerate"
 KINDS = {
     "ddp": DistributedType.MULTI_GPU,

@@ -64,6 +64,51 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", metavar="TEXT", help="the question; without one the image is captioned")
     command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
 
+    command = add("evaluate", evaluate, "answer or caption a whole test set, and score it")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    command.add_argument(
+        "--task", required=True, metavar="TASK", help="captions, vqa, flickr8k, flickr30k, coco, pathvqa or easy_vqa"
+    )
+    command.add_argument("--data", metavar="FILE", help="rows of the test set: a file, folder, glob or Hub id")
+    command.add_argument("--images", metavar="DIR", help="folder of its images (default: beside --data)")
+    command.add_argument("--split", default="test", metavar="NAME", help="default: test")
+    command.add_argument("--texts", metavar="KEY", help="key of the captions (default: texts)")
+    command.add_argument("--question", metavar="KEY", help="key of the question (default: question)")
+    command.add_argument("--answer", metavar="KEY", help="key of the answer, or of several (default: answer)")
+    command.add_argument("--prompt", metavar="TEXT", help="ask for captions in these words (default: the image alone)")
+    command.add_argument("--output", required=True, metavar="DIR", help="gets predictions, metrics and a gallery")
+    command.add_argument("--num-beams", type=int, default=1, metavar="N", help="default: 1, greedy search")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64 for captions, 32 for answers")
+    command.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
+    command.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights (default: float32)")
+    command.add_argument("--limit", type=int, metavar="N", help="only N examples, spread evenly; no published set any more")
+    command.add_argument("--table", action="store_true", help="print Table VI's layout, with the paper's row beside ours")
+
+    command = add("text-loss", text_loss, "measure a language model's loss on sets of texts (Fig. 5a), with intervals")
+    command.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder or Hub id of a language model or a PrefixVLM"
+    )
+    command.add_argument(
+        "--text",
+        required=True,
+        action="append",
+        metavar="NAME=FILE[:KEY]",
+        help="a set: .txt with a text a line, or .jsonl or .json with the texts at a dotted KEY (default: text); repeat it",
+    )
+    command.add_argument("--output", metavar="DIR", help="also write text_loss.json and text_loss.png there")
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="read longer texts in windows of N tokens that overlap by half (default: the model's context, at most 2048)",
+    )
+
+    command = add("score", score, "score captions against references, both in COCO's format, and print JSON")
+    command.add_argument("predictions", metavar="PREDICTIONS.json", help='[{"image_id": ..., "caption": ...}]')
+    command.add_argument("references", metavar="REFERENCES.json", help='{"images": [...], "annotations": [...]}')
+    command.add_argument("--metrics", metavar="NAME,NAME", help="e.g. CIDEr,SPICE (default: all but SPICE)")
+    command.add_argument("--intervals", action="store_true", help="also 95%% intervals, by resampling the images")
+
     command = add("masks", masks, "draw the attention masks of the paper's Fig. 3 and 6")
     command.add_argument("--output", default="masks.png", metavar="FILE", help="default: masks.png")
 
@@ -130,6 +175,45 @@ def generate(options) -> None:
     for piece in stream_answer(model, processor, options.image, options.prompt, options.max_new_tokens):
         print(piece, end="", flush=True)
     print()
+
+
+def evaluate(options) -> None:
+    import torch
+
+    from prefixvlm.train.evaluation_runs import run_evaluation
+
+    try:
+        run_evaluation(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def text_loss(options) -> None:
+    from prefixvlm.train.text_loss import compare, save, table
+
+    folder = Path(options.output) if options.output else None
+    if folder:  # before the work, so that none is lost
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "The plot needs matplotlib; pip install 'prefixvlm[train]', or leave out --output."
+            ) from error
+    report = compare(options.model, options.text, options.max_tokens)
+    print(table(report))
+    for path in save(report, folder) if folder else []:
+        print(f"Saved to {path}")
+
+
+def score(options) -> None:
+    import json
+
+    from prefixvlm.train.scoring import score_files
+
+    metrics = None if options.metrics is None else [name.strip() for name in options.metrics.split(",")]
+    print(json.dumps(score_files(options.predictions, options.references, metrics, options.intervals), indent=2))
 
 
 def masks(options) -> None:

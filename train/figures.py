@@ -1,4 +1,4 @@
-"""Pictures of what trains: the attention masks of Fig. 3 and 6, and loss curves as in Fig. 4."""
+"""Pictures of what trains: the attention masks of Fig. 3 and 6, loss curves as in Fig. 4, losses of texts as in Fig. 5."""
 
 from pathlib import Path
 
@@ -59,6 +59,25 @@ def save_loss_curve(histories: dict[str, list[dict]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:  # a run shorter than logging_steps has logged no loss
             axis.legend()
+    _save(figure, path)
+
+
+def save_text_losses(sets: dict[str, dict], path: Path) -> None:
+    """Draws the loss of each set of texts with its interval, per token and per character (see `text_loss.summarise`)."""
+    import matplotlib.pyplot as plt
+
+    panels = {"loss": "nats per token", "loss_per_character": "nats per character"}
+    width = max(3.2, 0.9 * len(sets))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), 3.4), layout="constrained")
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+        for place, numbers in enumerate(sets.values()):
+            low, high = numbers[f"{key}_interval"]
+            axis.plot([place, place], [low, high], color=f"C{place}", linewidth=2)
+            axis.plot(place, numbers[key], "o", color=f"C{place}")
+        axis.set_xticks(range(len(sets)), list(sets), rotation=30 if len(sets) > 3 else 0)
+        axis.set_xlim(-0.5, len(sets) - 0.5)
+        axis.set_ylabel(f"cross-entropy, {label}")
+        axis.grid(alpha=0.3)
     _save(figure, path)
 
 

@@ -56,6 +56,33 @@ class LoraRecipe:
 
 
 @dataclass
+class EvaluationRecipe:
+    """Generation on part of a test set in the middle of training.
+
+    Attributes:
+        task: one of `train/evaluation_sets.py`, with its `data`, `images`, `split` and the keys of its rows.
+        every_steps: how often, in optimiser steps.
+        examples: how many of the set's, spread evenly and always the same.
+        prompt: asks for captions in these words.
+        num_beams, max_new_tokens, batch_size: of the generation.
+    """
+
+    task: str
+    every_steps: int
+    data: str | None = None
+    images: str | None = None
+    split: str = "test"
+    texts: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    prompt: str | None = None
+    examples: int = 200
+    num_beams: int = 1
+    max_new_tokens: int = 32
+    batch_size: int = 32
+
+
+@dataclass
 class StageRecipe:
     """One stage's data, and how its batches fit the machine.
 
@@ -69,6 +96,7 @@ class StageRecipe:
         row_length: pack the samples of a device batch into rows of at most so many tokens; 0 for one sample a row.
         max_length: samples with more tokens are not trained on, but reported; `None` for no limit.
         expected_rows: what a dry run reckons with where the data cannot be read.
+        evaluation: generation on part of a test set each so many steps; `None` for none.
     """
 
     data: dict[str, Any]
@@ -80,6 +108,7 @@ class StageRecipe:
     row_length: int = 0
     max_length: int | None = None
     expected_rows: int | None = None
+    evaluation: EvaluationRecipe | None = None
 
 
 @dataclass
@@ -194,6 +223,8 @@ def _stage(number: int, settings, where: str) -> StageRecipe:
         stage = dataclasses.replace(PAPER_STAGES[number], **changes)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    if settings.get("evaluation") is not None:
+        settings["evaluation"] = _evaluation(settings["evaluation"], stage, f"{where}.evaluation")
     recipe = _build(StageRecipe, {**settings, "stage": stage}, where)
     if "source" not in recipe.data:
         raise ValueError(f"{where}.data needs a `source`.")
@@ -204,6 +235,16 @@ def _stage(number: int, settings, where: str) -> StageRecipe:
     if recipe.data.get("streaming") and (recipe.max_steps < 0 or recipe.group_by_length):
         raise ValueError(f"{where}: a stream has no end and no known lengths; set max_steps, and group_by_length off.")
     return recipe
+
+
+def _evaluation(values, stage: Stage, where: str) -> EvaluationRecipe:
+    evaluation = _build(EvaluationRecipe, values, where)
+    for name in ("every_steps", "examples", "num_beams", "max_new_tokens", "batch_size"):
+        if getattr(evaluation, name) < 1:
+            raise ValueError(f"{where}.{name} is {getattr(evaluation, name)}; it must be positive.")
+    if stage.attention_mode == "bidirectional":
+        raise ValueError(f"{where}: a model that sees later tokens cannot generate; evaluate in stages 1 to 3.")
+    return evaluation
 
 
 def _build(cls, values, where: str):

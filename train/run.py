@@ -23,6 +23,7 @@ from transformers import TrainingArguments, set_seed
 from prefixvlm.configuration.hub_export import write_atomically
 from prefixvlm.train import checkpoints, data, figures, lora, model_building
 from prefixvlm.train.collator import ConversationCollator
+from prefixvlm.train.evaluation_in_training import EvaluateByGeneration
 from prefixvlm.train.feature_cache import FeatureCache
 from prefixvlm.train.order import OrderedSamples, StreamedSamples
 from prefixvlm.train.recipe import Recipe, StageRecipe
@@ -85,6 +86,7 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = Fal
     # all data is opened before any training, so that a wrong path costs no hours
     before = [number for number in recipe.stages if number < chosen[0]]
     sources = {number: data.load(**recipe.stages[number].data) for number in (chosen if before else recipe.stages)}
+    evaluations = {n: EvaluateByGeneration(recipe.stages[n].evaluation) for n in chosen if recipe.stages[n].evaluation}
     settings = {number: _settings(recipe, number, sources[number], random_init) for number in chosen}
     if resume:
         while chosen and stage_folder(output, chosen[0]).is_dir():
@@ -106,7 +108,9 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = Fal
         model, processor = model_building.build(recipe.model, all_texts(sources.values()), random_init, quantize)
     verdicts = {}
     for number in chosen:
-        model = train_stage(model, processor, recipe, number, sources[number], settings[number], verdicts, resume)
+        model = train_stage(
+            model, processor, recipe, number, sources[number], settings[number], verdicts, resume, evaluations.get(number)
+        )
     return stage_folder(output, chosen[-1])
 
 
@@ -142,6 +146,7 @@ def all_texts(sources):
 def _settings(recipe: Recipe, number: int, samples, random_init: bool) -> dict:
     """What decides the weights that come out of a stage."""
     stage = dataclasses.asdict(recipe.stages[number])
+    del stage["evaluation"]
     shared = ("seed", "bf16", "max_skipped")
     return {
         "stage": stage,
@@ -167,7 +172,15 @@ def _refuse_another_run(folder: Path, settings: dict) -> None:
 
 
 def train_stage(
-    model, processor, recipe: Recipe, number: int, samples, settings: dict, verdicts: dict, resume: bool = False
+    model,
+    processor,
+    recipe: Recipe,
+    number: int,
+    samples,
+    settings: dict,
+    verdicts: dict,
+    resume: bool = False,
+    evaluation: EvaluateByGeneration | None = None,
 ):
     """Trains one stage, leaves the model, its processor, log, loss curve, run.json and skipped.jsonl, returns the model.
 
@@ -209,6 +222,8 @@ def train_stage(
             processing_class=processor,
             feature_cache=collator.feature_cache,
         )
+        if evaluation is not None:
+            evaluation.attach(trainer)
         if trainer.is_sharded and recipe.lora and recipe.lora.merge:
             raise ValueError("Adapters cannot be merged into sharded weights; set lora.merge to false.")
         started = time.time()

@@ -166,6 +166,10 @@ class StageTrainer(Trainer):
         if (self.state.global_step + 1) % self.args.logging_steps == 0 or self.args.logging_first_step:
             self._gradient_norms = gradient_norms(self.model.named_parameters(), module_of)
 
+    def leave_out_of_throughput(self, seconds: float) -> None:
+        """Does as if so much less time had gone by since the last log."""
+        self._meter.started += seconds
+
     def log(self, logs, *args, **kwargs):
         """Adds to what is logged in training: rates, gradient norms, stage 0's two losses, throughput, MFU and memory."""
         if "learning_rate" in logs:

@@ -1,0 +1,130 @@
+"""`python -m evidence`: runs every study that has its data, several jobs at a time, and writes docs/EVIDENCE.md.
+
+A job is one training and its test, in a process of its own with one thread; what is finished is kept, so that an
+interrupted run goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from evidence import report, studies
+from evidence.studies import Place
+
+
+def phases(place: Place, seeds: range) -> list[dict]:
+    """All jobs by name; those of a phase need only what earlier phases left."""
+    given = place.given is not None
+    backbones = {"backbones/easy": studies.easy_backbones}
+    trainings = {
+        f"easy/{mode}/{seed}": partial(studies.easy, mode=mode, seed=seed)
+        for seed in seeds
+        for mode in ("prefix", "causal")
+    }
+    trainings["easy/prefix_all_images/0"] = partial(studies.easy, mode="prefix_all_images", seed=0)
+    after = {
+        f"pairs/{mode}/{seed}": partial(studies.pairs, mode=mode, seed=seed)
+        for seed in seeds
+        for mode in ("prefix", "causal", "prefix_all_images")
+    }
+    if given:
+        backbones["backbones/ucm"] = studies.ucm_backbones
+        backbones |= {f"backbones/text-{kind}": partial(studies.text_decoder, kind=kind) for kind in studies.DECODERS}
+        trainings |= {
+            f"ucm/{arm}/{seed}": partial(studies.ucm, arm=arm, seed=seed) for seed in seeds for arm in studies.UCM_ARMS
+        }
+        trainings["ucm/prefix_all_images/0"] = partial(studies.ucm, arm="prefix", seed=0, mode="prefix_all_images")
+        after |= {
+            f"noise/{trained}/{level}/{seed}": partial(studies.noise, level=level, trained=trained, seed=seed)
+            for seed in seeds[: len(studies.NOISE_SEEDS)]
+            for trained in ("projector", "everything")
+            for level in studies.NOISES
+        }
+        after |= {
+            f"coco/{writer}/{seed}": partial(studies.coco, writer=writer, seed=seed)
+            for seed in seeds
+            for writer in ("human", "machine")
+        }
+        after |= {f"texts/{decoder}": partial(studies.texts, decoder=decoder) for decoder in studies.DECODERS}
+    return [{"data": studies.prepare}, backbones, trainings, after]
+
+
+def result_file(place: Place, name: str) -> Path:
+    return place.output / "results" / f"{name}.json"
+
+
+def run_job(place: Place, seeds: range, name: str) -> None:
+    """Runs one job here and leaves its result."""
+    jobs = {known: job for phase in phases(place, seeds) for known, job in phase.items()}
+    if name not in jobs:
+        raise ValueError(f"There is no job {name}; there are {', '.join(jobs)}.")
+    started = time.perf_counter()
+    result = jobs[name](place)
+    result["job_seconds"] = round(time.perf_counter() - started, 1)
+    file = result_file(place, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(json.dumps(result, indent=1))
+    partial_file.replace(file)
+
+
+def start(command: list[str], log_folder: Path, name: str) -> str | None:
+    """Runs a job in a process of its own; returns its name if it failed."""
+    log = log_folder / f"{name.replace('/', '-')}.log"
+    started = time.perf_counter()
+    with log.open("w") as file:
+        done = subprocess.run([*command, "--job", name], stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD)
+    print(f"{'failed' if done.returncode else 'done'} {name} in {time.perf_counter() - started:.0f} s", flush=True)
+    return name if done.returncode else None
+
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(prog="python -m evidence", description=__doc__.splitlines()[0])
+    options.add_argument("--data", type=Path, help="folder with ucm_captions, coco_photos and human_vs_machine_text")
+    options.add_argument("--output", type=Path, default=Path("runs/evidence"))
+    options.add_argument("--workers", type=int, default=2, help="jobs at a time, of one thread each (default: 2)")
+    options.add_argument("--seeds", type=int, default=len(studies.SEEDS), help="seeds an arm (default: 5)")
+    options.add_argument("--job", help="run this job alone, here")
+    options.add_argument("--report", type=Path, default=Path("docs/EVIDENCE.md"), help="default: docs/EVIDENCE.md")
+    options = options.parse_args()
+    place, seeds = Place(options.data, options.output), range(options.seeds)
+    if options.data is not None and not (options.data / "ucm_captions").is_dir():
+        print(
+            f"python -m evidence: {options.data} has no folder ucm_captions; leave --data out to do without.",
+            file=sys.stderr,
+        )
+        return 2
+    if options.job:
+        run_job(place, seeds, options.job)
+        return 0
+    logs = options.output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "evidence", "--output", str(options.output), "--seeds", str(options.seeds)]
+    command += ["--data", str(options.data)] if options.data else []
+    if not options.data:
+        print("Without --data only the studies on easy-VQA are run.")
+    started = time.perf_counter()
+    for phase in phases(place, seeds):
+        waiting = [name for name in phase if not result_file(place, name).exists()]
+        with ThreadPoolExecutor(options.workers) as pool:
+            failed = [name for name in pool.map(partial(start, command, logs), waiting) if name]
+        if failed:
+            print(f"python -m evidence: {', '.join(failed)} failed; see {logs}.", file=sys.stderr)
+            return 1
+    print(f"All jobs done in {(time.perf_counter() - started) / 60:.1f} minutes.")
+    results = {name: json.loads(result_file(place, name).read_text()) for phase in phases(place, seeds) for name in phase}
+    report.write(results, options.report)
+    print(f"Wrote {options.report}")
+    return 0
+
+
+sys.exit(main())

@@ -1,0 +1,114 @@
+"""The small data sets of the studies, brought to one form: small pictures with what is said about them.
+
+Of the given data folder, `ucm_captions/`, `coco_photos/` and `human_vs_machine_text/` are read; easy-VQA comes from PyPI.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from prefixvlm.train import easy_vqa
+
+SIZE = 48  # pixels a side: 36 patches, so that five seeds of every arm fit into an hour
+DESCRIBE, WHAT = "Describe the image.", "What does it show?"
+TWO_IMAGE_QUESTIONS = 12_000
+
+
+def lines(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def prepare_ucm(source: Path, folder: Path) -> None:
+    """UCM captions with small pictures, as caption rows and as conversations that ask for a caption and for the class."""
+    rows = lines(source / "captions.jsonl")
+    for row in rows:
+        row["image"] = _small(source / row["image"], folder)
+    _write(folder / "captions.jsonl", rows)
+    draw = random.Random(0)
+    talks = []
+    for row in rows:
+        turns = [(DESCRIBE, draw.choice(row["texts"])), (WHAT, row["class_by_index"])]
+        talks.append({"image": row["image"], "split": row["split"], "conversations": _llava(turns)})
+    _write(folder / "conversations.jsonl", talks)
+
+
+def prepare_easy_vqa(folder: Path) -> None:
+    """easy-VQA as captions, as conversations, and as single questions about one of two pictures."""
+    for split in ("train", "test"):
+        for name, samples in (("captions", easy_vqa.captions(split)), ("conversations", easy_vqa.conversations(split))):
+            rows = []
+            for sample in samples:
+                row = {"image": _small(Path(sample.images[0]), folder, split), "split": split}
+                if name == "captions":
+                    row["texts"] = [sample.caption]
+                else:
+                    said = [text for _, text in sample.turns]
+                    row["conversations"] = _llava(list(zip(said[::2], said[1::2], strict=True)))
+                rows.append(row)
+            _write(folder / f"{name}-{split}.jsonl", rows)
+        _write(folder / f"pairs-{split}.jsonl", _pairs(split))
+
+
+def _pairs(split: str) -> list[dict]:
+    """Questions about the first or the second of two pictures, every answer to be read off one of the two."""
+    draw = random.Random(f"pairs {split}")
+    pictures = [(f"{split}-{image.stem}.png", questions) for image, questions in easy_vqa.questions_by_image(split).items()]
+    rows = []
+    for _ in range(TWO_IMAGE_QUESTIONS if split == "train" else TWO_IMAGE_QUESTIONS // 6):
+        both = draw.sample(pictures, 2)
+        place = draw.randrange(2)
+        question, answer = draw.choice(both[place][1])
+        asked = f"{('first', 'second')[place]}: {question}"
+        rows.append({"images": [name for name, _ in both], "split": split, "question": asked, "answer": answer})
+    return rows
+
+
+def prepare_coco(source: Path, folder: Path) -> None:
+    """The COCO photos with five human captions each, and with the captions of five machines."""
+    rows = lines(source / "captions.jsonl")
+    for row in rows:
+        row["image"] = _small(source / row["image"], folder)
+        row["human"] = row.pop("texts")[:5]
+        row["machine"] = [text for _, text in sorted(row.pop("machine_texts").items())][: len(row["human"])]
+    _write(folder / "captions.jsonl", rows)
+
+
+def prepare_texts(source: Path, folder: Path) -> None:
+    """Human and machine texts side by side, of COCO's images apart for training a decoder (odd rows) and for testing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"human": row["human"], "machine": [text for text in row["machine"].values() if text]}
+        for row in lines(source / "coco_captions_paired.jsonl")
+    ]
+    _write(folder / "coco-train.jsonl", rows[1::2])
+    _write(folder / "coco.jsonl", rows[::2])
+    for path in source.glob("*_gpt-*.jsonl"):
+        _write(folder / path.name, [{"human": row["human"], "machine": row["ai"]} for row in lines(path)])
+
+
+def neutral_texts() -> list[str]:
+    """Prose that is neither a caption nor from a machine, and is there wherever Python is: its language reference."""
+    from pydoc_data.topics import topics
+
+    return [line for text in topics.values() for line in text.split("\n\n") if len(line) > 80]
+
+
+def _small(image: Path, folder: Path, prefix: str = "") -> str:
+    """Saves a picture in the size the encoders take; returns its name."""
+    name = f"{prefix}-{image.stem}.png" if prefix else f"{image.stem}.png"
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.open(image).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / name)
+    return name
+
+
+def _llava(turns: list[tuple[str, str]]) -> list[dict]:
+    return [{"from": role, "value": text} for pair in turns for role, text in zip(("human", "gpt"), pair, strict=True)]
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

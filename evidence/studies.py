@@ -1,0 +1,329 @@
+"""The studies: what is trained, arm by arm and seed by seed, and what is measured of it.
+
+An arm is a recipe of the product's own; only the backbones come from `evidence.backbones`.
+Shapes: B batch, T tokens.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evidence import backbones, data
+from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
+from prefixvlm.train import text_loss
+from prefixvlm.train.answering import answer
+from prefixvlm.train.collator import ConversationCollator
+from prefixvlm.train.conversation import Conversation
+from prefixvlm.train.data import load as load_samples
+from prefixvlm.train.measure import training_flops
+from prefixvlm.train.metrics.coco_caption.coco_caption import caption_scores
+from prefixvlm.train.metrics.vqa.vqa import vqa_scores
+from prefixvlm.train.model_building import load
+from prefixvlm.train.recipe import parse_recipe
+from prefixvlm.train.run import RECORD, run_recipe, stage_folder
+
+SEEDS = range(5)
+BATCH = 32
+PROJECTOR_ONLY = {"vision_tower_lr": 0.0, "projector_lr": 3e-3, "language_model_lr": 0.0}
+EVERYTHING = {"vision_tower_lr": 2e-4, "projector_lr": 2e-3, "language_model_lr": 1e-3}
+FOUR_STAGES = {0: 40, 1: 40, 2: 120, 3: 80}  # steps on UCM captions
+ONE_STAGE = 212  # steps of a single stage that come to the same floating-point operations
+UCM_ARMS = {
+    "prefix": ("prefix", FOUR_STAGES),
+    "causal": ("causal", FOUR_STAGES),
+    "without-stage-0": ("prefix", {1: 80, 2: 120, 3: 80}),
+    "without-stage-1": ("prefix", {0: 80, 2: 120, 3: 80}),
+    "single-stage": ("prefix", {3: ONE_STAGE}),
+}
+EASY_STEPS = {0: 40, 1: 40, 2: 80, 3: 250}
+EASY_QUESTIONS = 2400  # of the 9,673 for testing, evenly spread
+PAIR_STEPS = 150
+NOISES = (0.0, 0.2, 0.4)
+NOISE_SEEDS, NOISE_STEPS = range(3), 80
+COCO_STEPS = {1: 30, 2: 90}
+TEXT_SETS = ("coco", "pubmed_gpt-4", "writing_gpt-4", "xsum_gpt-3.5-turbo", "xsum_gpt-4")
+DECODERS = ("neutral", "human", "both")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything is: the data that was given, and the folder that all results go to."""
+
+    given: Path | None
+    output: Path
+
+    @property
+    def data(self) -> Path:
+        return self.output / "data"
+
+    def backbone(self, name: str) -> Path:
+        return self.output / "backbones" / name
+
+    def run(self, *parts) -> Path:
+        return self.output.joinpath("runs", *map(str, parts))
+
+    def texts(self, name: str, key: str) -> list[str]:
+        """The training captions of a prepared data set."""
+        rows = data.lines(self.data / name)
+        return [text for row in rows if row.get("split", "train") == "train" for text in row[key]]
+
+
+def prepare(place: Place) -> dict:
+    """Makes the small pictures and the rows of all data sets."""
+    data.prepare_easy_vqa(place.data / "easy")
+    if place.given:
+        data.prepare_ucm(place.given / "ucm_captions", place.data / "ucm")
+        data.prepare_coco(place.given / "coco_photos", place.data / "coco")
+        data.prepare_texts(place.given / "human_vs_machine_text", place.data / "texts")
+    return {}
+
+
+def ucm_backbones(place: Place) -> dict:
+    """Encoder and decoder from the training split of UCM captions."""
+    rows = [row for row in data.lines(place.data / "ucm" / "captions.jsonl") if row["split"] == "train"]
+    texts = [text for row in rows for text in row["texts"]]
+    tokenizer = backbones.tokenizer_of([*texts, data.DESCRIBE, data.WHAT], 600)
+    pairs = [(place.data / "ucm" / row["image"], row["texts"]) for row in rows]
+    backbones.train_encoder(pairs, tokenizer, 500, 0, place.backbone("ucm-encoder"), turn=True)
+    return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 150, 0, place.backbone("ucm-decoder"))}
+
+
+def easy_backbones(place: Place) -> dict:
+    """Encoder from easy-VQA's training pictures and captions, decoder from these and the questions with their answers."""
+    rows = data.lines(place.data / "easy" / "captions-train.jsonl")
+    captions = [text for row in rows for text in row["texts"]]
+    said = []
+    for row in data.lines(place.data / "easy" / "conversations-train.jsonl"):
+        turns = [turn["value"] for turn in row["conversations"]]
+        said += [f"{question} {reply}" for question, reply in zip(turns[::2], turns[1::2], strict=True)]
+    tokenizer = backbones.tokenizer_of([*captions, *said, "first: second:"], 512)
+    pairs = [(place.data / "easy" / row["image"], row["texts"]) for row in rows]
+    backbones.train_encoder(pairs, tokenizer, 300, 0, place.backbone("easy-encoder"), turn=True)
+    return {"decoder_loss": backbones.train_decoder(captions * 2 + said, tokenizer, 150, 0, place.backbone("easy-decoder"))}
+
+
+def text_decoder(place: Place, kind: str) -> dict:
+    """A decoder for the comparison of texts: of `neutral` prose, of captions by `human`s, or of captions by `both`."""
+    if kind == "neutral":
+        texts, vocabulary = data.neutral_texts(), 2000
+    else:
+        human, machine = (place.texts("texts/coco-train.jsonl", key) for key in ("human", "machine"))
+        texts = human if kind == "human" else human + machine[: len(human)]
+        vocabulary = 1000
+    tokenizer = backbones.tokenizer_of(texts, vocabulary)
+    return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 250, 0, place.backbone(f"text-{kind}"))}
+
+
+def stage(source: dict, steps: int, rates: dict, **changes) -> dict:
+    """A stage of a recipe, as values."""
+    sizes = {"batch_size": BATCH, "device_batch_size": BATCH, "max_steps": steps, "epochs": 1000, "warmup": 0.05}
+    return {"data": source, **sizes, **rates, "beta2": 0.99, **changes}
+
+
+def train(output: Path, seed: int, model: dict, stages: dict[int, dict]) -> tuple[Path, dict]:
+    """Runs a recipe; returns the last stage's folder and the run's losses, operations, seconds and hash of weights."""
+    recipe = parse_recipe({"output": str(output), "seed": seed, "logging_steps": 5, "model": model, "stages": stages})
+    started = time.perf_counter()
+    folder = run_recipe(recipe)
+    losses = {}
+    for number in stages:
+        history = json.loads((stage_folder(output, number) / "history.json").read_text())
+        keys = ("step", "loss", "loss_noised", "loss_clean")
+        losses[number] = [{key: entry[key] for key in keys if key in entry} for entry in history if "loss" in entry]
+    return folder, {
+        "losses": losses,
+        "teraflops": operations(output, folder, recipe) / 1e12,
+        "seconds": round(time.perf_counter() - started, 1),
+        "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+    }
+
+
+def operations(output: Path, folder: Path, recipe) -> float:
+    """Floating-point operations of a run, by the count that the trainer's MFU uses, from each stage's own record."""
+    model, _ = load(str(folder))
+    total = 0.0
+    for number, stage_recipe in recipe.stages.items():
+        record = json.loads((stage_folder(output, number) / RECORD).read_text())
+        used = record["samples"]["used"]
+        tokens, supervised = record["tokens"]["all"] / used, record["tokens"]["supervised"] / used
+        images = round(tokens // model.config.num_image_tokens) if "pairs" in str(stage_recipe.data) else 1
+        trains = {module: rate > 0 for module, rate in stage_recipe.stage.learning_rates.items()}
+        a_sample = training_flops(model.requires_grad_(True), trains, images, tokens, tokens**2, supervised)
+        total += a_sample * record["steps"] * stage_recipe.stage.batch_size
+    return total
+
+
+def from_backbones(place: Place, encoder: str, decoder: str) -> dict:
+    """The `model` part of a recipe."""
+    return {
+        "vision": str(place.backbone(encoder)),
+        "text": str(place.backbone(decoder)),
+        "config": {"projector_hidden_size": 384},
+    }
+
+
+def ucm(place: Place, arm: str, seed: int, mode: str | None = None) -> dict:
+    """An arm on UCM captions: CIDEr and BLEU-4 of greedy captions of the test split, and how often the class is right."""
+    own_mode, steps = UCM_ARMS[arm]
+    mode = mode or own_mode
+    folder = place.data / "ucm"
+    captions = {"source": "captions", "path": str(folder / "captions.jsonl")}
+    talks = {"source": "llava", "path": str(folder / "conversations.jsonl")}
+    if len(steps) == 1:  # what the four stages see, in the same shares
+        share = {"captions": FOUR_STAGES[0] + FOUR_STAGES[1] + FOUR_STAGES[2], "talks": FOUR_STAGES[3]}
+        parts = [captions | {"weight": share["captions"]}, talks | {"weight": share["talks"]}]
+        talks = {"source": "mixture", "parts": parts}
+    stages = {
+        0: stage(captions, steps.get(0, 1), PROJECTOR_ONLY),
+        1: stage(captions, steps.get(1, 1), PROJECTOR_ONLY, attention_mode=mode),
+        2: stage(captions, steps.get(2, 1), EVERYTHING, attention_mode=mode),
+        3: stage(talks, steps[3], EVERYTHING, attention_mode=mode),
+    }
+    output = place.run("ucm", mode if mode != own_mode else arm, seed)
+    last, result = train(
+        output,
+        seed,
+        from_backbones(place, "ucm-encoder", "ucm-decoder"),
+        {number: settings for number, settings in stages.items() if number in steps},
+    )
+    model, processor = load(str(last))
+    rows = [row for row in data.lines(folder / "captions.jsonl") if row["split"] == "test"]
+    asked = [Conversation([str(folder / row["image"])], [("user", data.DESCRIBE)]) for row in rows]
+    said = answer(model, processor, asked, batch_size=70, max_new_tokens=30)
+    again = [
+        Conversation(one.images, [*one.turns, ("assistant", caption), ("user", data.WHAT)])
+        for one, caption in zip(asked, said, strict=True)
+    ]
+    classes = answer(model, processor, again, batch_size=70, max_new_tokens=10)
+    scores = caption_scores(said, [row["texts"] for row in rows], metrics=("Bleu_4", "CIDEr")).scores
+    hits = [name == row["class_by_index"] for name, row in zip(classes, rows, strict=True)]
+    return result | {
+        "CIDEr": 100 * scores["CIDEr"],
+        "Bleu_4": 100 * scores["Bleu_4"],
+        "class_accuracy": 100 * sum(hits) / len(hits),
+    }
+
+
+def easy(place: Place, mode: str, seed: int) -> dict:
+    """The four stages on easy-VQA under one mask: accuracy of greedy answers to test questions."""
+    folder = place.data / "easy"
+    captions = {"source": "captions", "path": str(folder / "captions-train.jsonl")}
+    talks = {"source": "llava", "path": str(folder / "conversations-train.jsonl")}
+    faster = EVERYTHING | {"language_model_lr": 3e-3}
+    small = {"batch_size": 8, "device_batch_size": 8, "row_length": 512}
+    stages = {
+        0: stage(captions, EASY_STEPS[0], PROJECTOR_ONLY),
+        1: stage(captions, EASY_STEPS[1], PROJECTOR_ONLY, attention_mode=mode),
+        2: stage(captions, EASY_STEPS[2], EVERYTHING, attention_mode=mode),
+        3: stage(talks, EASY_STEPS[3], faster, attention_mode=mode, **small),
+    }
+    model = from_backbones(place, "easy-encoder", "easy-decoder")
+    last, result = train(place.run("easy", mode, seed), seed, model, stages)
+    questions = []
+    for row in data.lines(folder / "conversations-test.jsonl"):
+        turns = [turn["value"] for turn in row["conversations"]]
+        questions += [([row["image"]], *pair) for pair in zip(turns[::2], turns[1::2], strict=True)]
+    step = len(questions) / EASY_QUESTIONS
+    return result | _accuracies(last, folder, [questions[int(index * step)] for index in range(EASY_QUESTIONS)])
+
+
+def pairs(place: Place, mode: str, seed: int) -> dict:
+    """Questions about one of two pictures, from what `easy` left after stage 2 under the same kind of mask."""
+    folder = place.data / "easy"
+    start = stage_folder(place.run("easy", "causal" if mode == "causal" else "prefix", seed), 2)
+    source = {"source": "vqa", "path": str(folder / "pairs-train.jsonl")}
+    rates = EVERYTHING | {"language_model_lr": 3e-3}
+    last, result = train(
+        place.run("pairs", mode, seed),
+        seed,
+        {"start": str(start)},
+        {3: stage(source, PAIR_STEPS, rates, attention_mode=mode)},
+    )
+    rows = [(row["images"], row["question"], row["answer"]) for row in data.lines(folder / "pairs-test.jsonl")]
+    return result | _accuracies(last, folder, rows)
+
+
+def _accuracies(last: Path, folder: Path, questions: list[tuple[list[str], str, str]]) -> dict:
+    model, processor = load(str(last))
+    asked = [Conversation([str(folder / image) for image in images], [("user", text)]) for images, text, _ in questions]
+    said = answer(model, processor, asked, batch_size=100, max_new_tokens=6)
+    scores = vqa_scores(said, [reference for *_, reference in questions]).scores
+    return {f"{name}_accuracy": 100 * scores[name] for name in ("overall", "yes_no", "open")}
+
+
+def noise(place: Place, level: float, trained: str, seed: int) -> dict:
+    """Stage 0 with a share of noise; then the loss on held-out captions where the token asked for can be seen, where it is
+    noise, and under the prefix mask of the later stages.
+
+    Args:
+        trained: `projector`, as in the paper, or `everything`, which could learn to copy.
+    """
+    folder = place.data / "ucm"
+    captions = {"source": "captions", "path": str(folder / "captions.jsonl")}
+    rates = PROJECTOR_ONLY if trained == "projector" else EVERYTHING
+    last, result = train(
+        place.run("noise", trained, level, seed),
+        seed,
+        from_backbones(place, "ucm-encoder", "ucm-decoder"),
+        {0: stage(captions, NOISE_STEPS, rates, noise=level)},
+    )
+    model, processor = load(str(last))
+    samples = load_samples(**captions | {"split": "test"})
+    chosen = [samples[index] for index in range(0, len(samples), 2)]
+    visible, hidden = _caption_losses(model, processor, chosen, noise=0.2)
+    model.config.attention_mode = "prefix"
+    later, _ = _caption_losses(model, processor, chosen, noise=0.0)
+    return result | {"target_visible": visible, "target_noised": hidden, "prefix_mask": later}
+
+
+@torch.inference_mode()
+def _caption_losses(model, processor, samples: list, noise: float) -> tuple[float, float | None]:
+    """Mean loss on tokens that stand in the input as they are, and on those that are noise there, in nats."""
+    collator = ConversationCollator(processor, "caption", noise=noise, seed=0)
+    sums = {False: [0.0, 0], True: [0.0, 0]}
+    for start in range(0, len(samples), BATCH):
+        batch = collator(samples[start : start + BATCH])
+        is_noised = batch.pop("is_noised", torch.zeros_like(batch["labels"], dtype=torch.bool))
+        losses = model(**batch, use_cache=False, skip_logits=True).token_losses
+        targets_noised = is_noised[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX]
+        for kind, total in sums.items():
+            chosen = losses[targets_noised == kind]
+            total[0] += chosen.sum().item()
+            total[1] += chosen.numel()
+    return tuple(total / count if count else None for total, count in sums.values())
+
+
+def coco(place: Place, writer: str, seed: int) -> dict:
+    """How fast a captioner learns what `human`s or `machine`s say of the same photos: stages 1 and 2."""
+    source = {
+        "source": "captions",
+        "path": str(place.data / "coco" / "captions.jsonl"),
+        "split": "val2017",
+        "texts": writer,
+    }
+    _, result = train(
+        place.run("coco", writer, seed),
+        seed,
+        from_backbones(place, "ucm-encoder", "text-both"),
+        {
+            1: stage(source, COCO_STEPS[1], PROJECTOR_ONLY),
+            2: stage(source, COCO_STEPS[2], EVERYTHING),
+        },
+    )
+    last = [entry["loss"] for entry in result["losses"][2]][-4:]
+    first = [entry["loss"] for entry in result["losses"][1]][:1]
+    return result | {"first_loss": first[0], "last_loss": sum(last) / len(last)}
+
+
+def texts(place: Place, decoder: str) -> dict:
+    """`prefixvlm text-loss` on human and machine texts, side by side."""
+    reports = {}
+    for name in TEXT_SETS if decoder == "neutral" else TEXT_SETS[:1]:
+        file = place.data / "texts" / f"{name}.jsonl"
+        sets = [f"{writer}={file}:{writer}" for writer in ("human", "machine")]
+        reports[name] = text_loss.compare(str(place.backbone(f"text-{decoder}")), sets, max_tokens=backbones.ROW)
+    return {"reports": reports}

@@ -1,0 +1,109 @@
+"""One evaluation from start to end: what `prefixvlm evaluate` does."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from prefixvlm.configuration.hub_export import write_atomically
+from prefixvlm.train import model_building, paper_results
+from prefixvlm.train.answering import Decoding
+from prefixvlm.train.evaluation import METRICS, PREDICTIONS, evaluate, read_predictions, scorer
+from prefixvlm.train.evaluation_sets import KINDS, TASKS, load_examples
+from prefixvlm.train.gallery import save_gallery
+
+MAX_NEW_TOKENS = dict(zip(KINDS, (64, 32), strict=True))
+
+
+def run_evaluation(
+    model: str,
+    task: str,
+    output: str,
+    data: str | None = None,
+    images: str | None = None,
+    split: str = "test",
+    texts: str | None = None,
+    question: str | None = None,
+    answer: str | None = None,
+    prompt: str | None = None,
+    num_beams: int = 1,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    limit: int | None = None,
+    table: bool = False,
+) -> dict:
+    """Evaluates a saved model; leaves predictions.jsonl, metrics.json and a gallery in `output`, prints the scores.
+
+    Args: as the command's own help says.
+
+    Returns:
+        What metrics.json says.
+
+    Raises:
+        ValueError, OSError, ImportError: in one sentence, for input that cannot be used.
+    """
+    keys = {name: key for name, key in (("texts", texts), ("question", question), ("answer", answer)) if key is not None}
+    examples = load_examples(task, data, images, split, prompt, **keys)
+    kind = TASKS[task].kind
+    if table and kind != "captions":
+        raise ValueError(f"--table is for captions, as Table VI is; {task} asks questions.")
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"--limit is {limit}; it must be positive.")
+        if limit < len(examples):
+            examples = [examples[index * len(examples) // limit] for index in range(limit)]
+        else:
+            limit = None
+    decoding = Decoding(num_beams, max_new_tokens or MAX_NEW_TOKENS[kind], batch_size)
+    scorer(kind)
+    network, processor = model_building.load(model, dtype)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    network.to(processes.device)
+    settings = {
+        "model": model,
+        "weights": _identity(model, network),
+        "dtype": dtype,
+        "task": task,
+        "data": data or TASKS[task].default_data or "easy-VQA",
+        "split": split,
+        "keys": keys,
+        "prompt": prompt,
+        "limit": limit,
+    }
+    folder = Path(output)
+    report = evaluate(network, processor, examples, kind, folder, decoding, settings)
+    if processes.is_main_process:
+        predictions = [row["prediction"] for row in read_predictions(folder)]
+        if kind == "captions":  # what `prefixvlm score` and COCO's server read
+            results = [{"image_id": index, "caption": text} for index, text in enumerate(predictions)]
+            write_atomically(folder / "captions_results.json", json.dumps(results, indent=1) + "\n")
+        pictures = save_gallery(examples, predictions, folder, f"{Path(model).name}: {task}")
+        column = None if limit else TASKS[task].column
+        print(paper_results.beside_the_paper(column, Path(model).name, report) if table else _plain(report))
+        how = "greedy search" if num_beams == 1 else f"{num_beams} beams"
+        print(f"{len(examples):,} examples by {how}, at most {decoding.max_new_tokens} tokens each.")
+        for path in (folder / PREDICTIONS, folder / METRICS, *pictures):
+            print(f"Saved to {path}")
+    return report
+
+
+def _plain(report: dict) -> str:
+    lines = []
+    for name, value in report["scores"].items():
+        if name in report["intervals"]:
+            low, high = report["intervals"][name]
+            lines.append(f"{name:<12} {100 * value:6.2f}%  [{100 * low:.2f}, {100 * high:.2f}]")
+        else:
+            lines.append(f"{name:<18} {value:,}")
+    return "\n".join(lines)
+
+
+def _identity(name: str, model) -> list:
+    """What changes when the weights do: a Hub commit, or the files' sizes and times."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return [getattr(model.config, "_commit_hash", None)]
+    files = sorted(folder.glob("*.safetensors*"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -6,13 +6,19 @@ VENV = .venv$(if $(filter-out 4,$(TRANSFORMERS)),-transformers$(TRANSFORMERS))
 CONSTRAINTS = constraints-transformers$(TRANSFORMERS).txt
 PYTEST_ARGS ?= -m "not slow"
 
-.PHONY: quickstart test lint clean
+# folder with the data sets of the studies (docs/EVIDENCE.md); without it only those on easy-VQA are run
+DATA ?=
+
+.PHONY: quickstart test evidence lint clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/prefixvlm quickstart
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+evidence: $(VENV)/installed
+	$(VENV)/bin/python -m evidence $(if $(DATA),--data $(DATA))
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

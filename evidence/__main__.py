@@ -120,9 +120,13 @@ def main() -> int:
         if failed:
             print(f"python -m evidence: {', '.join(failed)} failed; see {logs}.", file=sys.stderr)
             return 1
-    print(f"All jobs done in {(time.perf_counter() - started) / 60:.1f} minutes.")
+    elapsed = options.output / "seconds.json"  # an interrupted run counts what came before
+    seconds = time.perf_counter() - started + (json.loads(elapsed.read_text()) if elapsed.exists() else 0.0)
+    elapsed.write_text(json.dumps(seconds))
+    print(f"All jobs done in {seconds / 60:.1f} minutes.")
     results = {name: json.loads(result_file(place, name).read_text()) for phase in phases(place, seeds) for name in phase}
-    report.write(results, options.report)
+    given = " --data DATA" if options.data else ""
+    report.write(results, options.report, seconds / 60, f"python -m evidence{given}")
     print(f"Wrote {options.report}")
     return 0
 

@@ -20,8 +20,8 @@ from prefixvlm.train.collator import ConversationCollator
 from prefixvlm.train.conversation import Conversation
 from prefixvlm.train.data import load as load_samples
 from prefixvlm.train.measure import training_flops
-from prefixvlm.train.metrics.coco_caption.coco_caption import caption_scores
-from prefixvlm.train.metrics.vqa.vqa import vqa_scores
+from prefixvlm.train.metrics.coco_caption.scores import caption_scores
+from prefixvlm.train.metrics.vqa.scores import vqa_scores
 from prefixvlm.train.model_building import load
 from prefixvlm.train.recipe import parse_recipe
 from prefixvlm.train.run import RECORD, run_recipe, stage_folder
@@ -42,6 +42,7 @@ UCM_ARMS = {
 EASY_STEPS = {0: 40, 1: 40, 2: 80, 3: 250}
 EASY_QUESTIONS = 2400  # of the 9,673 for testing, evenly spread
 PAIR_STEPS = 150
+TWO_IMAGES = data.TWO_IMAGE_QUESTIONS // 6  # questions for testing
 NOISES = (0.0, 0.2, 0.4)
 NOISE_SEEDS, NOISE_STEPS = range(3), 80
 COCO_STEPS = {1: 30, 2: 90}

@@ -30,10 +30,10 @@ def scorer(kind: str) -> Callable:
     """
     try:
         if kind == "captions":
-            from prefixvlm.train.metrics.coco_caption.coco_caption import caption_scores
+            from prefixvlm.train.metrics.coco_caption.scores import caption_scores
 
             return caption_scores
-        from prefixvlm.train.metrics.vqa.vqa import vqa_scores
+        from prefixvlm.train.metrics.vqa.scores import vqa_scores
     except ImportError as error:
         raise ImportError(f"Scores need more packages ({error}); run: pip install 'prefixvlm[eval]'") from error
     return lambda predictions, references: vqa_scores(
@@ -62,9 +62,10 @@ def evaluate(
     score = scorer(kind)  # what is missing is told before the work
     processes = PartialState(cpu=not torch.cuda.is_available())
     settings = json.loads(json.dumps(settings | {"decoding": vars(decoding), "examples": len(examples)}))
+    _refuse_another(output, settings)
+    processes.wait_for_everyone()
     if processes.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        _refuse_another(output, settings)
         write_atomically(output / SETTINGS, json.dumps(settings, indent=2) + "\n")
         _gather(output, examples)
     processes.wait_for_everyone()
@@ -122,10 +123,13 @@ def _read(path: Path, examples: list[Example]) -> dict[int, str]:
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             row = json.loads(line)
-            index, name, prediction = row["index"], row["name"], row["prediction"]
+            index, name, question, prediction = (row[key] for key in ("index", "name", "question", "prediction"))
         except (ValueError, KeyError, TypeError):
             continue
-        if index in range(len(examples)) and examples[index].question.name == name and isinstance(prediction, str):
+        if index not in range(len(examples)) or not isinstance(prediction, str):
+            continue
+        of = examples[index].question
+        if (of.name, of.turns[-1][1]) == (name, question):
             found[index] = prediction
     return found
 
@@ -144,13 +148,13 @@ def _gather(output: Path, examples: list[Example]) -> dict[int, str]:
 
 
 def _refuse_another(output: Path, settings: dict) -> None:
+    if not any(path.stat().st_size for path in output.glob("predictions*.jsonl")):
+        return  # nothing to lose, nothing to mix up
     if not (output / SETTINGS).exists():
-        if (output / PREDICTIONS).exists():
-            raise ValueError(f"{output} has predictions but no {SETTINGS} to say of what; choose another folder.")
-        return
+        raise ValueError(f"{output} has predictions but no {SETTINGS} to say of what; choose another folder.")
     try:
-        old = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-    except ValueError as error:
+        old = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{output / SETTINGS} cannot be read; remove {output}, or choose another folder.") from error
     changed = sorted(name for name in settings if settings[name] != old.get(name))
     if changed:

@@ -11,7 +11,7 @@ from prefixvlm.train import model_building, paper_results
 from prefixvlm.train.answering import Decoding
 from prefixvlm.train.evaluation import METRICS, PREDICTIONS, evaluate, read_predictions, scorer
 from prefixvlm.train.evaluation_sets import KINDS, TASKS, load_examples
-from prefixvlm.train.gallery import save_gallery
+from prefixvlm.train.gallery import refuse_without_matplotlib, save_gallery
 
 MAX_NEW_TOKENS = dict(zip(KINDS, (64, 32), strict=True))
 
@@ -56,8 +56,11 @@ def run_evaluation(
             examples = [examples[index * len(examples) // limit] for index in range(limit)]
         else:
             limit = None
-    decoding = Decoding(num_beams, max_new_tokens or MAX_NEW_TOKENS[kind], batch_size)
+    decoding = Decoding(num_beams, MAX_NEW_TOKENS[kind] if max_new_tokens is None else max_new_tokens, batch_size)
+    if dtype not in model_building.DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; choose one of {', '.join(model_building.DTYPES)}.")
     scorer(kind)
+    refuse_without_matplotlib()
     network, processor = model_building.load(model, dtype)
     processes = PartialState(cpu=not torch.cuda.is_available())
     network.to(processes.device)
@@ -67,6 +70,7 @@ def run_evaluation(
         "dtype": dtype,
         "task": task,
         "data": data or TASKS[task].default_data or "easy-VQA",
+        "images": images,
         "split": split,
         "keys": keys,
         "prompt": prompt,
@@ -77,10 +81,11 @@ def run_evaluation(
     if processes.is_main_process:
         predictions = [row["prediction"] for row in read_predictions(folder)]
         if kind == "captions":  # what `prefixvlm score` and COCO's server read
-            results = [{"image_id": index, "caption": text} for index, text in enumerate(predictions)]
+            ids = [index if one.image_id is None else one.image_id for index, one in enumerate(examples)]
+            results = [{"image_id": image, "caption": text} for image, text in zip(ids, predictions, strict=True)]
             write_atomically(folder / "captions_results.json", json.dumps(results, indent=1) + "\n")
         pictures = save_gallery(examples, predictions, folder, f"{Path(model).name}: {task}")
-        column = None if limit else TASKS[task].column
+        column = None if limit or split != "test" else TASKS[task].column
         print(paper_results.beside_the_paper(column, Path(model).name, report) if table else _plain(report))
         how = "greedy search" if num_beams == 1 else f"{num_beams} beams"
         print(f"{len(examples):,} examples by {how}, at most {decoding.max_new_tokens} tokens each.")
@@ -94,10 +99,10 @@ def _plain(report: dict) -> str:
     for name, value in report["scores"].items():
         if name in report["intervals"]:
             low, high = report["intervals"][name]
-            lines.append(f"{name:<12} {100 * value:6.2f}%  [{100 * low:.2f}, {100 * high:.2f}]")
+            lines.append(f"{name:<16} {100 * value:6.2f}  [{100 * low:.2f}, {100 * high:.2f}]")
         else:
-            lines.append(f"{name:<18} {value:,}")
-    return "\n".join(lines)
+            lines.append(f"{name:<16} {value:>6,}")
+    return "\n".join([*lines, "Scores are times 100, with 95% intervals."])
 
 
 def _identity(name: str, model) -> list:

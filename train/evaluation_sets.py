@@ -12,6 +12,7 @@ from prefixvlm.train import data, easy_vqa
 from prefixvlm.train.conversation import Conversation
 
 KINDS = ("captions", "vqa")
+KEYS = {"captions": ("texts",), "karpathy": (), "vqa": ("question", "answer")}  # of a source, those that can be named
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ class Example:
     Attributes:
         question: ends with a user turn; an empty one asks for a caption.
         references: what people said.
+        image_id: by which COCO's tools know the image, where the data set has such.
     """
 
     question: Conversation
     references: list[str]
+    image_id: int | str | None = None
 
 
 def load_examples(
@@ -86,21 +89,27 @@ def load_examples(
         return [example for sample in samples for example in _turn_by_turn(sample)]
     if path is None:
         raise ValueError(f"The task {task} needs --data.")
+    keys = {name: key for name, key in keys.items() if key is not None}
+    if unknown := [f"--{name}" for name in keys if name not in KEYS[TASKS[task].source]]:
+        raise ValueError(f"The rows of the task {task} have no key for {', '.join(unknown)} to name; leave it out.")
     if task == "captions" and _is_coco_file(path):
         examples = _coco(path, images)
     else:
         examples = _from_rows(task, path, images, split, keys)
     if not examples:
         raise ValueError(f"{path} has no rows of the split {split!r}.")
-    _refuse_another_size(task, path, len(examples))
+    if split == "test":
+        _refuse_another_size(task, path, len(examples))
     if prompt is not None:
         examples = [replace(one, question=replace(one.question, turns=[("user", prompt)])) for one in examples]
     return examples
 
 
 def _from_rows(task: str, path: str, images: str | None, split: str, keys: dict) -> list[Example]:
-    keys = {name: key for name, key in keys.items() if key is not None}
-    samples = data.load(TASKS[task].source, path=path, images=images, split=split, **keys)
+    source = TASKS[task].source
+    if source == "karpathy" and images is None:
+        images = str(Path(path).parent)
+    samples = data.load(source, path=path, images=images, split=split, **keys)
     read = _captions if TASKS[task].kind == "captions" else _vqa
     examples = []
     for index in range(len(samples.rows)):
@@ -118,12 +127,14 @@ def _captions(form, row: dict, where: str) -> Example:
     references = [form.turns(row, part)[-1][1] for part in range(form.parts(row))]
     if not all(references):
         raise ValueError("a caption is empty")
-    return Example(Conversation(form.images(row), [("user", "")], where), references)
+    image_id = next((row[key] for key in ("cocoid", "coco_id", "image_id", "imgid") if key in row), None)
+    return Example(Conversation(form.images(row), [("user", "")], where), references, image_id)
 
 
 def _vqa(form, row: dict, where: str) -> Example:
     question = row.get(form.question)
-    if not isinstance(question, str) or not question.strip():
+    asked = question.replace("<image>", "").strip() if isinstance(question, str) else ""
+    if not asked:
         raise ValueError(f"`{form.question}` must be a text, not {question!r}")
     answers = row.get(form.answer)
     answers = [answers] if isinstance(answers, str) else answers
@@ -131,7 +142,7 @@ def _vqa(form, row: dict, where: str) -> Example:
         answers = [one.get("answer") if isinstance(one, dict) else one for one in answers]
     if not isinstance(answers, list) or not answers or any(not isinstance(one, str) or not one.strip() for one in answers):
         raise ValueError(f"`{form.answer}` must be a text, or a list of texts, not {row.get(form.answer)!r}")
-    return Example(Conversation(form.images(row), [("user", question.replace("<image>", "").strip())], where), answers)
+    return Example(Conversation(form.images(row), [("user", asked)], where), answers)
 
 
 def _turn_by_turn(sample: Conversation) -> list[Example]:
@@ -159,18 +170,23 @@ def _coco(path: str, images: str | None) -> list[Example]:
         for entry in content["annotations"]:
             captions.setdefault(entry["image_id"], []).append(entry["caption"].strip())
         form = data.Form(folder)
-        return [
-            Example(
-                Conversation(form.images({"image": image["file_name"]}), [("user", "")], f"{path}, image {image['id']}"),
-                captions[image["id"]],
-            )
-            for image in content["images"]
-        ]
+        return [_coco_image(form, image, captions[image["id"]], path) for image in content["images"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: COCO's form is images[{{id, file_name}}] and annotations[{{image_id, caption}}], with a caption for "
             f"each image ({error!r})."
         ) from error
+
+
+def _coco_image(form, image: dict, references: list[str], path: str) -> Example:
+    where = f"{path}, image {image['id']}"
+    try:
+        pictures = form.images({"image": image["file_name"]})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; a test set must be whole.") from error
+    if not pictures or not all(references):
+        raise ValueError(f"{where}: {'a caption is empty' if pictures else 'there is no image'}; a test set must be whole.")
+    return Example(Conversation(pictures, [("user", "")], where), references)
 
 
 def _refuse_another_size(task: str, path: str, rows: int) -> None:

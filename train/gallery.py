@@ -19,6 +19,14 @@ STYLE = (
 )
 
 
+def refuse_without_matplotlib() -> None:
+    """Raises an ImportError that says what to install, so that this is not found out after the work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("The gallery needs matplotlib; run: pip install 'prefixvlm[train]'") from error
+
+
 def save_gallery(examples: list[Example], predictions: list[str], folder: Path, title: str, count: int = 12) -> list[Path]:
     """Writes gallery.html, which needs no other file, and gallery.png; shows examples spread evenly over the test set.
 

@@ -99,12 +99,12 @@ class PrefixVLM(lmms):
         return texts
 
     def loglikelihood(self, requests):
-        raise NotImplementedError(
+        raise ValueError(
             "Tasks that score given answers are not supported; choose one of the kind generate_until."
         )
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("Tasks of several rounds are not supported; choose one of the kind generate_until.")
+        raise ValueError("Tasks of several rounds are not supported; choose one of the kind generate_until.")
 
 
 def register() -> None:

@@ -32,7 +32,7 @@ def score_files(
         OSError: a file that cannot be read, no Java, or a failure in it.
     """
     try:
-        from prefixvlm.train.metrics.coco_caption.coco_caption import DEFAULT, caption_scores
+        from prefixvlm.train.metrics.coco_caption.scores import DEFAULT, caption_scores
     except ImportError as error:
         raise ValueError("Caption scores need pycocoevalcap; run: pip install 'prefixvlm[eval]'") from error
 

@@ -322,6 +322,9 @@ def test_arguments_by_modality_and_unknown_ones():
     assert torch.is_tensor(common["input_ids"])
     with pytest.raises(TypeError, match="paddding"):
         PROCESSOR(text="abc", paddding=True)
+    assert PROCESSOR(text="abc", videos=[], audios=None)["input_ids"] == PROCESSOR(text="abc")["input_ids"]
+    with pytest.raises(TypeError, match="videos"):
+        PROCESSOR(text="abc", videos=["clip.mp4"])
 
 
 def test_a_tokenizer_with_a_start_token_sets_it_once_and_before_the_image():

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from prefixvlm.cli import main
-from prefixvlm.train.metrics.coco_caption.coco_caption import caption_scores
+from prefixvlm.train.metrics.coco_caption.scores import caption_scores
 
 IMAGES = [3, 1, 2]
 CAPTIONS = {1: ["a dog runs", "dogs"], 2: ["two cats sleep"], 3: ["a man on a horse", "a rider"]}
@@ -97,7 +97,7 @@ def test_an_unknown_metric_is_said(score):
 
 
 def test_without_pycocoevalcap_the_extra_is_named(score, monkeypatch):
-    monkeypatch.delitem(sys.modules, "prefixvlm.train.metrics.coco_caption.coco_caption")
+    monkeypatch.delitem(sys.modules, "prefixvlm.train.metrics.coco_caption.scores")
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu", None)
     code, _, err = score(predictions(), references())
     assert code == 2

@@ -1,4 +1,4 @@
-"""Run by `test_distributed.py` and `test_sharded.py`: three steps of stage 2 with checkpoints, or a recipe; sharded if accelerate was told to.
+"""Run by `test_distributed.py` and `test_sharded.py`: three steps of stage 2 with checkpoints, or a recipe.
 
     two_processes.py steps OUTPUT DEVICE_BATCH
     two_processes.py train RECIPE --stages 0,1

@@ -20,7 +20,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from prefixvlm.train.metrics.coco_caption import coco_caption
-from prefixvlm.train.metrics.coco_caption.coco_caption import DEFAULT, CaptionScores, caption_scores
+from prefixvlm.train.metrics.coco_caption.scores import DEFAULT, CaptionScores, caption_scores
 
 FOLDER = Path(coco_caption.__file__).parent
 REAL = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "coco_metrics"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixvlm.train.metrics.vqa import vqa
-from prefixvlm.train.metrics.vqa.vqa import normalized, vqa_scores
+from prefixvlm.train.metrics.vqa.scores import normalized, vqa_scores
 
 ANSWERS = st.sampled_from(
     ["", "yes", "No.", "yes!", "the red car", "red-car", "two", "2", "dont", "don't", "a b", "b, a c"]

@@ -103,6 +103,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if options.seeds < 2 or options.workers < 1:
+        print("python -m evidence: intervals need --seeds of at least 2, and --workers at least 1.", file=sys.stderr)
+        return 2
     if options.job:
         run_job(place, seeds, options.job)
         return 0

@@ -102,8 +102,8 @@ def _claim_1(found: Results, figures: Path) -> list[str]:
     parts = [
         '## Claim 1: "no mask on visual inputs"',
         f"""The same four stages, steps and {seeds} seeds; the arms differ in the mask of stages 1 to 3 (stage 0 is
-bidirectional in all). With one image in front `prefix_all_images` allows exactly what `prefix` allows: the weights after all stages of
-seed 0 {_same(found)}. It is therefore compared where it differs, on questions about one of two images.
+bidirectional in all). With one image in front `prefix_all_images` allows exactly what `prefix` allows: the weights after
+all stages of seed 0 {_same(found)}. It is therefore compared where it differs, on questions about one of two images.
 
 ### easy-VQA, one image ({studies.EASY_QUESTIONS:,} test questions, greedy answers)
 

@@ -66,15 +66,14 @@ def screen(samples, collator, max_length: int | None, workers: int = 0) -> Scree
     )
     result = Screened()
     with tqdm(total=len(samples), desc="Checking the data", unit="sample", delay=2) as progress:
-        for batch in trials:
-            for index, verdict in enumerate(batch, start=progress.n):
-                if isinstance(verdict, str):
-                    result.skipped.append((samples.name(index), verdict))
-                else:
-                    result.indices.append(index)
-                    for found, values in zip(verdict, (result.lengths, result.supervised, result.images), strict=True):
-                        values.append(found)
-            progress.update(len(batch))
+        for index, verdict in enumerate(verdict for batch in trials for verdict in batch):
+            if isinstance(verdict, str):
+                result.skipped.append((samples.name(index), verdict))
+            else:
+                result.indices.append(index)
+                for found, values in zip(verdict, (result.lengths, result.supervised, result.images), strict=True):
+                    values.append(found)
+            progress.update()
     return result
 
 

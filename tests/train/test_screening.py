@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from small_recipe import SMALL
 from tiny import tiny_processor, tiny_tokenizer
 
 from prefixvlm.cli import main
-from prefixvlm.train import data
+from prefixvlm.train import data, screening
 from prefixvlm.train.collator import ConversationCollator
 from prefixvlm.train.screening import screen
 
@@ -55,6 +56,16 @@ def recipe(rows: Path, streaming: bool = False, **settings) -> str:
 def reported(folder: Path) -> dict[int, str]:
     lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     return {int(line["sample"].rpartition("row ")[2]): line["reason"] for line in lines}
+
+
+def test_a_progress_bar_switched_off_changes_nothing(rows, monkeypatch):
+    samples, collator = data.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), "conversation")
+    seen = screen(samples, collator, 300)
+    # a bar that is switched off counts nothing, which once made each batch the first
+    monkeypatch.setattr(screening, "tqdm", partial(screening.tqdm, disable=True))
+    unseen = screen(samples, collator, 300)
+    assert unseen == seen
+    assert unseen.indices == [index for index in range(ROWS) if index + 1 not in BAD]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

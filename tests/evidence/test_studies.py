@@ -1,0 +1,103 @@
+"""Every kind of job of `make evidence` runs, on a handful of rows and for a step or two, and measures what it says."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from evidence import backbones, studies
+from evidence.studies import Place
+from prefixvlm.train import easy_vqa
+
+TWO_STEPS = {0: 1, 1: 1, 2: 1, 3: 2}
+ARMS = {"prefix": ("prefix", TWO_STEPS), "causal": ("causal", TWO_STEPS), "single-stage": ("prefix", {3: 2})}
+
+
+def write(folder, name: str, rows: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pictures(folder, count: int) -> list[str]:
+    (folder / "images").mkdir(parents=True)
+    for number in range(count):
+        Image.effect_noise((20, 20), 60).convert("RGB").save(folder / "images" / f"{number}.png")
+    return [f"images/{number}.png" for number in range(count)]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Place:
+    """Data of the forms that the studies read, of a few rows each, and studies of a few steps."""
+    given = tmp_path / "given"
+    said = ["There is a piece of farmland .", "Many houses stand near a road ."]
+    rows = [
+        {"image": image, "texts": said, "class_by_index": "forest", "split": "test" if number > 5 else "train"}
+        for number, image in enumerate(pictures(given / "ucm_captions", 8))
+    ]
+    write(given / "ucm_captions", "captions.jsonl", rows)
+    rows = [
+        {"image": image, "texts": said, "machine_texts": {"a": "a road", "b": "a house"}, "split": "val2017"}
+        for image in pictures(given / "coco_photos", 4)
+    ]
+    write(given / "coco_photos", "captions.jsonl", rows)
+    rows = [{"human": said, "machine": {"a": "a road", "b": ""}} for _ in range(8)]
+    write(given / "human_vs_machine_text", "coco_captions_paired.jsonl", rows)
+    for name in studies.TEXT_SETS[1:]:
+        write(given / "human_vs_machine_text", f"{name}.jsonl", [{"human": said[0] * 9, "ai": said[1]}] * 3)
+    real = easy_vqa.questions_by_image
+    monkeypatch.setattr(easy_vqa, "questions_by_image", lambda split: dict(list(real(split).items())[:12]))
+    for module, name, value in (
+        (studies, "UCM_ARMS", ARMS),
+        (studies, "EASY_STEPS", TWO_STEPS),
+        (studies, "EASY_QUESTIONS", 60),
+        (studies, "PAIR_STEPS", 1),
+        (studies, "NOISE_STEPS", 2),
+        (studies, "COCO_STEPS", {1: 1, 2: 5}),
+        (studies.data, "TWO_IMAGE_QUESTIONS", 12),
+        (studies, "BATCH", 4),
+        (backbones, "BATCH", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
+    train_encoder, train_decoder = backbones.train_encoder, backbones.train_decoder
+
+    def short_encoder(pairs, tokenizer, steps, *rest, **options):
+        return train_encoder(pairs, tokenizer, 2, *rest, **options)
+
+    def short_decoder(texts, tokenizer, steps, *rest, **options):
+        return train_decoder(texts, tokenizer, 2, *rest, **options)
+
+    monkeypatch.setattr(backbones, "train_encoder", short_encoder)
+    monkeypatch.setattr(backbones, "train_decoder", short_decoder)
+    found = Place(given, tmp_path / "out")
+    studies.prepare(found)
+    return found
+
+
+@pytest.mark.slow
+def test_every_study_runs(place):
+    studies.ucm_backbones(place)
+    studies.easy_backbones(place)
+    for kind in studies.DECODERS:
+        studies.text_decoder(place, kind)
+
+    for arm in ARMS:
+        result = studies.ucm(place, arm, seed=0)
+        assert result["CIDEr"] >= 0
+        assert result["teraflops"] > 0
+        assert set(result["losses"]) == set(ARMS[arm][1])
+    same = studies.ucm(place, "prefix", seed=0, mode="prefix_all_images")
+    assert same["weights_sha256"] == studies.ucm(place, "prefix", seed=0)["weights_sha256"]
+    assert same["weights_sha256"] != studies.ucm(place, "causal", seed=0)["weights_sha256"]
+
+    for mode in ("prefix", "causal"):
+        assert 0 <= studies.easy(place, mode, seed=0)["overall_accuracy"] <= 100
+    pairs = [studies.pairs(place, mode, seed=0) for mode in ("prefix", "causal", "prefix_all_images")]
+    assert len({one["weights_sha256"] for one in pairs}) == 3
+
+    noised = studies.noise(place, 0.4, "projector", seed=0)
+    assert noised["target_visible"] != noised["target_noised"]
+    assert studies.noise(place, 0.0, "everything", seed=0)["prefix_mask"] > 0
+    assert studies.coco(place, "machine", seed=0)["last_loss"] < studies.coco(place, "human", seed=0)["first_loss"]
+    reports = studies.texts(place, "neutral")["reports"]
+    assert set(reports) == set(studies.TEXT_SETS)
+    assert reports["coco"]["pairs"][0]["rows"] == 4

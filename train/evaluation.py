@@ -148,6 +148,8 @@ def _gather(output: Path, examples: list[Example]) -> dict[int, str]:
 
 
 def _refuse_another(output: Path, settings: dict) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; choose a folder.")
     if not any(path.stat().st_size for path in output.glob("predictions*.jsonl")):
         return  # nothing to lose, nothing to mix up
     if not (output / SETTINGS).exists():

@@ -51,8 +51,9 @@ class EvaluateByGeneration(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every_steps == 0:
-            started = time.perf_counter()
+            started, should_log = time.perf_counter(), control.should_log
             self.trainer.log({f"eval_{name}": value for name, value in self._scores().items()})
+            control.should_log = should_log  # a log clears it, but the loss of this step waits
             self.trainer.leave_out_of_throughput(time.perf_counter() - started)
 
     def _scores(self) -> dict[str, float]:

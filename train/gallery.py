@@ -83,8 +83,7 @@ def _draw(shown: list[tuple[Example, str]], title: str, path: Path) -> None:
         asked = [f"Q: {example.question.turns[-1][1]}"] if example.question.turns[-1][1] else []
         lines = [*asked, f"Reference: {example.references[0]}", f"Prediction: {prediction}"]
         text = "\n".join(line for text in lines for line in textwrap.wrap(text, 40)[:4])
-        # $ would start a formula
-        axis.set_title(text.replace("$", r"\$"), fontsize=9, loc="left")
-    figure.suptitle(title)
+        axis.set_title(text, fontsize=9, loc="left", parse_math=False)  # a $ is a dollar
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)

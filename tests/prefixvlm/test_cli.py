@@ -1,13 +1,18 @@
 """The command line: right answers, and one clear line with exit code 2 for anything else."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from prefixvlm.cli import main, one_line
+from prefixvlm.train import evaluation, evaluation_sets
+
+EVALUATE = ["evaluate", "{saved}", "--output", "{saved}/evaluated", "--task"]
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +21,18 @@ def saved(tmp_path_factory):
     tiny_model().save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     Image.new("RGB", (20, 30), "red").save(folder / "photo.png")
+    row = {"image": "photo.png", "question": "what?", "answer": "red", "texts": ["a red picture", "red"], "split": "test"}
+    sets = {
+        "rows": [row, row | {"question": "why?"}, row],
+        "gone": [row | {"image": "gone.png"}],
+        "wordless": [row, row | {"texts": [], "answer": ""}],
+    }
+    for name, rows in sets.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    karpathy = [{"filename": "photo.png", "sentences": [{"raw": text} for text in row["texts"]], "split": "test"}] * 3
+    (folder / "karpathy.json").write_text(json.dumps({"images": karpathy}))
+    (folder / "evaluated").mkdir()
+    (folder / "evaluated" / "predictions.jsonl").write_text("of somebody else\n")
     return folder
 
 
@@ -71,6 +88,61 @@ def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([*EVALUATE, "captoins"], "There is no task 'captoins'; choose one of"),
+        ([*EVALUATE, "captions"], "The task captions needs --data"),
+        ([*EVALUATE, "captions", "--data", "{saved}/no-such.json"], "no-such.json: there is no such file"),
+        ([*EVALUATE, "captions", "--data", "{saved}/photo.png"], "photo.png cannot be loaded"),
+        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--split", "val"], "'split': 'val'"),
+        (
+            [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--images", "{saved}/no-such"],
+            "no-such: there is no such folder of images",
+        ),
+        (
+            [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--texts", "no-such-key"],
+            "rows.json, row 1: `no-such-key` must be",
+        ),
+        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--limit", "0"], "--limit is 0; it must be positive"),
+        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--num-beams", "0"], "num_beams is 0; it must be positive"),
+        (
+            [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--max-new-tokens", "0"],
+            "max_new_tokens is 0; it must be positive",
+        ),
+        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--dtype", "float8"], "--dtype is 'float8'; choose one of"),
+        ([*EVALUATE, "captions", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `texts` must be"),
+        ([*EVALUATE, "vqa", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `answer` must be"),
+        ([*EVALUATE, "vqa", "--data", "{saved}/rows.json", "--table"], "--table is for captions"),
+        ([*EVALUATE, "vqa", "--data", "{saved}/rows.json"], "choose another folder"),
+        ([*EVALUATE, "vqa", "--data", "{saved}/gone.json", "--output", "{saved}/evaluated-gone"], "gone.json, row 1:"),
+        (
+            [*EVALUATE, "vqa", "--data", "{saved}/rows.json", "--output", "{saved}/photo.png"],
+            "photo.png is a file; choose a folder",
+        ),
+        ([*EVALUATE, "flickr8k", "--data", "{saved}/karpathy.json"], "has 3 test images where"),
+        ([*EVALUATE, "pathvqa"], "path-vqa cannot be loaded"),
+        (
+            ["evaluate", "no/such/model", "--task", "vqa", "--data", "{saved}/rows.json", "--output", "{saved}/new"],
+            "no/such/model is not a PrefixVLM",
+        ),
+        (
+            ["evaluate", "{saved}/evaluated", "--task", "vqa", "--data", "{saved}/rows.json", "--output", "{saved}/new"],
+            "evaluated is not a PrefixVLM",
+        ),
+    ],
+)
+def test_evaluate_says_what_is_wrong_and_loses_nothing(arguments, says, saved, capfd):
+    before = (saved / "evaluated" / "predictions.jsonl").read_bytes()
+    assert main([argument.format(saved=saved) for argument in arguments]) == 2
+    error = capfd.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("prefixvlm ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in error
+    assert (saved / "evaluated" / "predictions.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("arguments", [["fly"], ["train", "paper", "--fast"], ["masks", "left.png"], []])
 def test_what_no_command_takes_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
@@ -115,6 +187,106 @@ def test_generate_streams_an_answer(saved, capsys, prompt):
     out = capsys.readouterr().out
     assert out.strip()
     assert "<|image_pad|>" not in out
+
+
+class Scored:
+    """Caption scores without Java."""
+
+    scores = dict.fromkeys(("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"), 0.125)
+
+    def resampled(self, indices):
+        return self.scores
+
+
+@pytest.fixture
+def evaluated(saved, tmp_path, monkeypatch, capsys):
+    """Runs the command on a file, without Java; gives what it printed, and metrics.json."""
+    monkeypatch.setattr(evaluation, "scorer", lambda kind: lambda predictions, references: Scored())
+    for task in ("flickr8k", "coco"):
+        monkeypatch.setitem(evaluation_sets.TASKS, task, replace(evaluation_sets.TASKS[task], rows=3))
+
+    def evaluated(task, data, *options):
+        arguments = ["evaluate", str(saved), "--task", task, "--data", str(saved / data), "--output", str(tmp_path)]
+        assert main([*arguments, "--max-new-tokens", "4", *options]) == 0
+        return capsys.readouterr().out, json.loads((tmp_path / "metrics.json").read_text())
+
+    return evaluated
+
+
+def test_evaluate_scores_captions_beside_the_paper(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(evaluation_sets.TASKS, "flickr8k", replace(evaluation_sets.TASKS["flickr8k"], rows=3))
+    options = ["--task", "flickr8k", "--data", str(saved / "karpathy.json"), "--output", str(tmp_path), "--table"]
+    assert main(["evaluate", str(saved), *options, "--num-beams", "2", "--max-new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[-1] for line in out.splitlines()[1:8]] == ["76.0", "59.9", "45.3", "33.7", "27.8", "57.8", "99.4"]
+    assert "3 examples by 2 beams, at most 4 tokens each." in out
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(report["scores"]) == list(report["intervals"]) == list(Scored.scores)
+    assert report["decoding"]["num_beams"] == 2
+    results = json.loads((tmp_path / "captions_results.json").read_text())
+    assert [row["image_id"] for row in results] == [0, 1, 2]
+    for name in ("predictions.jsonl", "gallery.html", "gallery.png"):
+        assert (tmp_path / name).stat().st_size
+        assert f"Saved to {tmp_path / name}" in out
+
+
+def test_evaluate_answers_questions(saved, tmp_path, capsys):
+    options = ["--task", "vqa", "--data", str(saved / "rows.json"), "--output", str(tmp_path), "--max-new-tokens", "4"]
+    assert main(["evaluate", str(saved), *options]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["questions", "3"] in lines
+    assert ["overall", "0.00", "[0.00,", "0.00]"] in lines
+    assert "3 examples by greedy search, at most 4 tokens each." in out
+    assert not (tmp_path / "captions_results.json").exists()
+
+
+def test_evaluate_on_fewer_examples_is_not_beside_the_paper(evaluated):
+    out, report = evaluated("flickr8k", "karpathy.json", "--table", "--limit", "2")
+    assert (report["limit"], report["examples"]) == (2, 2)
+    assert "paper" not in out
+    assert "Bleu_4" in out
+
+
+def test_evaluate_with_a_limit_beyond_the_set_is_on_the_whole_set(evaluated):
+    out, report = evaluated("flickr8k", "karpathy.json", "--table", "--limit", "9")
+    assert (report["limit"], report["examples"]) == (None, 3)
+    assert "paper, Table VI" in out
+
+
+def test_evaluate_on_another_split_is_not_beside_the_paper(evaluated, saved, tmp_path):
+    karpathy = json.loads((saved / "karpathy.json").read_text())
+    for row in karpathy["images"]:
+        row["split"] = "val"
+    (tmp_path / "val.json").write_text(json.dumps(karpathy))
+    out, _ = evaluated("flickr8k", tmp_path / "val.json", "--images", str(saved), "--table", "--split", "val")
+    assert "paper" not in out
+
+
+def test_evaluate_does_not_mix_images_of_two_folders(evaluated, saved, tmp_path):
+    evaluated("captions", "rows.json")
+    options = ["--task", "captions", "--data", str(saved / "rows.json"), "--output", str(tmp_path)]
+    assert main(["evaluate", str(saved), *options, "--max-new-tokens", "4", "--images", str(saved)]) == 2
+
+
+def test_evaluate_does_not_mix_the_answers_of_a_model_and_of_what_replaced_it(evaluated, saved, tmp_path):
+    for folder in (tmp_path / "model", tmp_path / "out"):
+        folder.mkdir()
+    options = ["--task", "captions", "--data", str(saved / "rows.json"), "--output", str(tmp_path / "out")]
+    codes = []
+    for seed in (0, 1):
+        tiny_model(seed=seed).save_pretrained(tmp_path / "model")
+        tiny_processor().save_pretrained(tmp_path / "model")
+        codes.append(main(["evaluate", str(tmp_path / "model"), *options, "--max-new-tokens", "4"]))
+    assert codes == [0, 2]
+
+
+def test_evaluate_without_matplotlib_says_so_before_the_work(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ["--task", "vqa", "--data", str(saved / "rows.json"), "--output", str(tmp_path / "new")]
+    assert main(["evaluate", str(saved), *options]) == 2
+    assert "pip install 'prefixvlm[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_push_uploads_the_folder(saved, monkeypatch, capsys):

@@ -56,13 +56,22 @@ def test_batches_of_like_length_answer_in_the_order_asked(asked, num_beams):
     assert len(set(together)) > 1
 
 
+def test_texts_are_generated_as_asked(monkeypatch):
+    model, options = tiny_model(), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: options.append(given) or generate(**given))
+    answering.answer(model, PROCESSOR, questions(3), batch_size=2, num_beams=3, max_new_tokens=5)
+    assert [(given["num_beams"], given["max_new_tokens"], given["do_sample"]) for given in options] == [(3, 5, False)] * 2
+
+
 def test_only_what_is_asked_for_is_answered_the_longest_first():
     asked = questions(7)
     batches = list(answering.answers(tiny_model(), PROCESSOR, asked, [0, 3, 5, 6], Decoding(batch_size=3)))
-    lengths = [[len(asked[index].turns[0][1]) for index, _ in batch] for batch in batches]
-    assert sorted(index for batch in batches for index, _ in batch) == [0, 3, 5, 6]
+    answered = [index for batch in batches for index, _ in batch]
+    lengths = [len(asked[index].turns[0][1]) for index in answered]
+    assert sorted(answered) == [0, 3, 5, 6]
     assert [len(batch) for batch in batches] == [3, 1]
-    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("kind", [questions, captions])

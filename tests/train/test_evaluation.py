@@ -219,9 +219,9 @@ def test_two_processes_say_what_one_says(tmp_path):
         picture(index).save(tmp_path / f"{index}.png")
     arguments = ["evaluate", str(tmp_path), "--task", "vqa", "--data", str(tmp_path / "rows.json")]
     arguments += ["--batch-size", "2", "--max-new-tokens", "6", "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "prefixvlm"]
-        + [*arguments, str(tmp_path / "two")],
+        [*torchrun, "-m", "prefixvlm", *arguments, str(tmp_path / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_recipe import SMALL
 from tiny import tiny_model, tiny_processor
+from transformers import TrainerControl
 
 from prefixvlm.train import evaluation_in_training, run
 from prefixvlm.train.evaluation_in_training import EvaluateByGeneration
@@ -87,7 +88,7 @@ def test_the_models_mode_gradients_and_random_numbers_stay(mode):
     trainer = attached()
     trainer.model.train(mode)
     before = torch.get_rng_state()
-    trainer.callback.on_step_end(None, State, None)
+    trainer.callback.on_step_end(None, State, TrainerControl())
     assert trainer.model.training == mode
     assert torch.get_rng_state().equal(before)
     assert torch.is_grad_enabled()
@@ -104,20 +105,20 @@ def test_the_examples_are_the_same_each_time_and_spread_over_the_set():
 def test_the_same_weights_get_the_same_scores_again():
     trainer = attached()
     for _ in range(2):
-        trainer.callback.on_step_end(None, State, None)
+        trainer.callback.on_step_end(None, State, TrainerControl())
     assert trainer.logged[0] == trainer.logged[1]
     assert trainer.logged[0]["eval_questions"] == 5
 
 
 def test_other_steps_are_left_alone():
     trainer = attached(every_steps=3)
-    trainer.callback.on_step_end(None, State, None)
+    trainer.callback.on_step_end(None, State, TrainerControl())
     assert trainer.logged == []
 
 
 def test_its_time_does_not_count_as_training():
     trainer = attached()
-    trainer.callback.on_step_end(None, State, None)
+    trainer.callback.on_step_end(None, State, TrainerControl())
     assert trainer.left_out > 0
 
 
@@ -133,7 +134,7 @@ def test_each_process_answers_its_share(monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     for process in range(2):
         monkeypatch.setattr(Accelerator, "process_index", process)
-        trainer.callback.on_step_end(None, State, None)
+        trainer.callback.on_step_end(None, State, TrainerControl())
     assert shares == [[0, 2, 4], [1, 3]]
     assert trainer.logged[0] == trainer.logged[1]
 
@@ -154,7 +155,7 @@ def test_captions_are_scored_without_meteor(tmp_path, monkeypatch):
         Image.new("RGB", (16, 16), "red").save(tmp_path / row["image"])
     monkeypatch.setattr(evaluation_in_training, "scorer", lambda kind: score)
     trainer = attached(task="captions", data=str(tmp_path / "rows.json"), examples=3)
-    trainer.callback.on_step_end(None, State, None)
+    trainer.callback.on_step_end(None, State, TrainerControl())
     assert asked["references"] == [["said 0"], ["said 2"], ["said 4"]]
     assert len(asked["predictions"]) == 3
     assert "METEOR" not in asked["metrics"]

@@ -20,7 +20,11 @@ def saved(folder, rows, name="rows.json"):
 
 def karpathy(tests=3, others=2):
     rows = [
-        {"filename": f"{number}.jpg", "split": "test" if number < tests else "val", "sentences": [{"raw": f" said {number} "}]}
+        {
+            "filename": f"{number}.jpg",
+            "split": "test" if number < tests else "val",
+            "sentences": [{"raw": f" said {number} "}],
+        }
         for number in range(tests + others)
     ]
     return {"images": rows, "dataset": "flickr8k"}
@@ -153,7 +157,7 @@ def test_a_bad_row_is_named(task, change, says, tmp_path):
 )
 def test_a_bad_file_of_cocos_form_is_named(content, says, tmp_path):
     path = saved(tmp_path, content)
-    with pytest.raises(ValueError, match="rows.json") as caught:
+    with pytest.raises(ValueError, match=r"rows\.json") as caught:
         load_examples("captions", path)
     assert says in str(caught.value)
 

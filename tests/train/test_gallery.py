@@ -58,11 +58,11 @@ def test_what_a_model_says_is_text_and_no_code(page):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
-@pytest.mark.parametrize("said", ["", "$5 and $x_{", "\\frac{$}{", "a\nb", "w" * 500, "{%s}"])
+@pytest.mark.parametrize("said", ["", "$x_{$", "\\$", "a\nb", "w" * 500, "{%s}"])
 def test_any_prediction_can_be_drawn(said, page):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        page([example(references=[said or "that"])], [said], title="$a$b$")
+        page([example(references=[said or "that"])], [said], title="$x_{$")
 
 
 def test_missing_matplotlib_says_what_to_install(monkeypatch):

@@ -29,8 +29,9 @@ def test_each_row_has_ours_its_interval_and_the_papers():
 
 @pytest.mark.parametrize("name", ["m", "a model with a long name"])
 def test_columns_stand_below_each_other(name):
+    marks = [name, *(f"{10 * place}.0" for place in range(1, 8))]
     lines = beside_the_paper("Flickr8k", name, REPORT).splitlines()
-    assert len({line.index(mark) for line, mark in zip(lines, [name, *(f"{10 * n}.0" for n in range(1, 8))], strict=True)}) == 1
+    assert len({line.index(mark) for line, mark in zip(lines, marks, strict=True)}) == 1
 
 
 def test_what_the_paper_did_not_measure_has_no_column_of_its():

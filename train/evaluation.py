@@ -26,12 +26,13 @@ def scorer(kind: str) -> Callable:
     """The function that scores predictions of a kind of task, `captions` or `vqa`, against references.
 
     Raises:
-        ImportError: if what it needs is not installed.
+        ImportError, OSError: if what it needs is not installed.
     """
     try:
         if kind == "captions":
-            from prefixvlm.train.metrics.coco_caption.scores import caption_scores
+            from prefixvlm.train.metrics.coco_caption.scores import caption_scores, java
 
+            java()
             return caption_scores
         from prefixvlm.train.metrics.vqa.scores import vqa_scores
     except ImportError as error:
@@ -57,11 +58,13 @@ def evaluate(
 
     Raises:
         ValueError: for an image that cannot be opened, or an `output` of another evaluation.
-        ImportError: if what scores need is not installed.
+        ImportError, OSError: if what scores need is not installed.
     """
     score = scorer(kind)  # what is missing is told before the work
     processes = PartialState(cpu=not torch.cuda.is_available())
-    settings = json.loads(json.dumps(settings | {"decoding": vars(decoding), "examples": len(examples)}))
+    # a run that was out of memory goes on with smaller batches
+    how = {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
+    settings = json.loads(json.dumps(settings | {"decoding": how, "examples": len(examples)}))
     _refuse_another(output, settings)
     processes.wait_for_everyone()
     if processes.is_main_process:

@@ -52,7 +52,9 @@ class EvaluateByGeneration(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every_steps == 0:
             started, should_log = time.perf_counter(), control.should_log
-            self.trainer.log({f"eval_{name}": value for name, value in self._scores().items()})
+            scores = self._scores()
+            if state.is_world_process_zero:
+                self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
             control.should_log = should_log  # a log clears it, but the loss of this step waits
             self.trainer.leave_out_of_throughput(time.perf_counter() - started)
 
@@ -67,6 +69,8 @@ class EvaluateByGeneration(TrainerCallback):
             said += batch
         model.train(was_training)
         predictions = dict(gather_object(said))
+        if not accelerator.is_main_process:
+            return {}
         options = {"metrics": IN_TRAINING[self.kind]} if self.kind in IN_TRAINING else {}
         scored = self.score(
             [predictions[index] for index in range(len(self.examples))],

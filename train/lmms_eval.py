@@ -99,9 +99,7 @@ class PrefixVLM(lmms):
         return texts
 
     def loglikelihood(self, requests):
-        raise ValueError(
-            "Tasks that score given answers are not supported; choose one of the kind generate_until."
-        )
+        raise ValueError("Tasks that score given answers are not supported; choose one of the kind generate_until.")
 
     def generate_until_multi_round(self, requests):
         raise ValueError("Tasks of several rounds are not supported; choose one of the kind generate_until.")

@@ -77,7 +77,7 @@ def test_the_report_has_scores_intervals_and_how_they_came_about(run, examples, 
     decoding = Decoding(num_beams=2, max_new_tokens=3, batch_size=8)
     report = run(tmp_path / "a" / "b", decoding, task="vqa")
     assert report == json.loads((tmp_path / "a" / "b" / "metrics.json").read_text())
-    assert report["decoding"] == {"num_beams": 2, "max_new_tokens": 3, "batch_size": 8}
+    assert report["decoding"] == {"num_beams": 2, "max_new_tokens": 3}
     assert (report["task"], report["examples"], report["versions"]["torch"]) == ("vqa", 8, torch.__version__)
     assert report["scores"]["yes_no_questions"] == report["scores"]["open_questions"] == 4
     for name, (low, high) in report["intervals"].items():
@@ -110,6 +110,12 @@ def test_an_interrupted_run_asks_only_what_is_missing(run, asked, tmp_path, monk
     run(tmp_path / "parts")
     assert asked == [list(range(8)), list(range(8)), [0, 1, 3, 4, 7]]
     assert (tmp_path / "parts" / PREDICTIONS).read_bytes() == (tmp_path / "whole" / PREDICTIONS).read_bytes()
+
+
+def test_an_interrupted_run_goes_on_in_smaller_batches(run, asked, tmp_path, monkeypatch):
+    break_off_after_the_first_batch(run, tmp_path, monkeypatch)
+    run(tmp_path, Decoding(max_new_tokens=DECODING.max_new_tokens, batch_size=1))
+    assert asked[-1] == [0, 1, 3, 4, 7]
 
 
 def test_a_finished_run_asks_nothing_again(run, asked, tmp_path):

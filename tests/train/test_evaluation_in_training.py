@@ -46,7 +46,7 @@ def test_training_logs_scores_and_leaves_the_same_weights(trained):
 
 
 class Accelerator:
-    process_index, num_processes = 0, 1
+    process_index, num_processes, is_main_process = 0, 1, True
 
     def unwrap_model(self, model):
         return model
@@ -74,7 +74,7 @@ class Trainer:
 
 
 class State:
-    global_step = 2
+    global_step, is_world_process_zero = 2, True
 
 
 def attached(**changes):

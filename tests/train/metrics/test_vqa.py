@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixvlm.train.metrics.vqa import vqa
+from prefixvlm.train.metrics.vqa import scores as vqa
 from prefixvlm.train.metrics.vqa.scores import normalized, vqa_scores
 
 ANSWERS = st.sampled_from(
@@ -128,8 +128,8 @@ def test_a_resample_is_scored_as_if_it_were_everything(questions, data):
 
 def test_evaluate_loads_the_folder_also_a_copy_of_it(tmp_path):
     folder = Path(vqa.__file__).parent
-    shutil.copy(folder / "vqa.py", tmp_path / "vqa.py")
-    for path in (folder, tmp_path / "vqa.py"):
+    shutil.copytree(folder, tmp_path / "vqa")
+    for path in (folder, tmp_path / "vqa"):
         metric = evaluate.load(str(path))
         for references in (["yes", "b c"], [["yes"] * 10, ["b c"] * 10]):
             expected = vqa_scores(["yes", "b"], references).scores

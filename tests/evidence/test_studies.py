@@ -50,10 +50,10 @@ def place(tmp_path, monkeypatch) -> Place:
         (studies, "UCM_ARMS", ARMS),
         (studies, "EASY_STEPS", TWO_STEPS),
         (studies, "EASY_QUESTIONS", 60),
-        (studies, "PAIR_STEPS", 1),
+        (studies, "PAIR_STEPS", 3),
         (studies, "NOISE_STEPS", 2),
-        (studies, "COCO_STEPS", {1: 1, 2: 5}),
-        (studies.data, "TWO_IMAGE_QUESTIONS", 12),
+        (studies, "COCO_STEPS", {1: 5, 2: 5}),
+        (studies.data, "TWO_IMAGE_QUESTIONS", 240),
         (studies, "BATCH", 4),
         (backbones, "BATCH", 4),
     ):

@@ -128,8 +128,8 @@ def main() -> int:
     elapsed.write_text(json.dumps(seconds))
     print(f"All jobs done in {seconds / 60:.1f} minutes.")
     results = {name: json.loads(result_file(place, name).read_text()) for phase in phases(place, seeds) for name in phase}
-    given = " --data DATA" if options.data else ""
-    report.write(results, options.report, seconds / 60, f"python -m evidence{given}")
+    command = "make evidence DATA=folder" if options.data else "make evidence"
+    report.write(results, options.report, seconds / 60, command)
     print(f"Wrote {options.report}")
     return 0
 

@@ -56,8 +56,17 @@ def write(results: dict[str, dict], path: Path, minutes: float, command: str) ->
 
 
 def _kept(results: dict[str, dict]) -> dict:
-    """Everything but the loss curves, which would be megabytes."""
-    return {name: {key: value for key, value in one.items() if key != "losses"} for name, one in results.items()}
+    """Everything but the loss curves, which would be megabytes, and where files lay on this machine."""
+    kept = {name: {key: value for key, value in one.items() if key != "losses"} for name, one in results.items()}
+    for one in kept.values():
+        if "reports" in one:
+            one["reports"] = {name: _numbers(report) for name, report in one["reports"].items()}
+    return kept
+
+
+def _numbers(report: dict) -> dict:
+    sets = {writer: {k: v for k, v in one.items() if k != "file"} for writer, one in report["sets"].items()}
+    return {"sets": sets, "pairs": report["pairs"]}
 
 
 def _head(found: Results, minutes: float, command: str) -> str:

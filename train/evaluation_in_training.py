@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from prefixvlm.train.answering import Decoding, answers
 from prefixvlm.train.evaluation import scorer
-from prefixvlm.train.evaluation_sets import TASKS, load_examples
+from prefixvlm.train.evaluation_sets import TASKS, load_examples, spread
 from prefixvlm.train.recipe import EvaluationRecipe
 
 IN_TRAINING = {"captions": ("Bleu_4", "CIDEr")}  # METEOR alone would start a Java process for seconds each time
@@ -30,8 +30,7 @@ class EvaluateByGeneration(TrainerCallback):
     def __init__(self, recipe: EvaluationRecipe):
         keys = {name: getattr(recipe, name) for name in ("texts", "question", "answer") if getattr(recipe, name)}
         examples = load_examples(recipe.task, recipe.data, recipe.images, recipe.split, recipe.prompt, **keys)
-        count = min(recipe.examples, len(examples))
-        self.examples = [examples[index * len(examples) // count] for index in range(count)]
+        self.examples = spread(examples, recipe.examples)
         self.kind = TASKS[recipe.task].kind
         self.score = scorer(self.kind)
         self.every_steps = recipe.every_steps

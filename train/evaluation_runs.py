@@ -10,7 +10,7 @@ from prefixvlm.configuration.hub_export import write_atomically
 from prefixvlm.train import model_building, paper_results
 from prefixvlm.train.answering import Decoding
 from prefixvlm.train.evaluation import METRICS, PREDICTIONS, evaluate, read_predictions, scorer
-from prefixvlm.train.evaluation_sets import KINDS, TASKS, load_examples
+from prefixvlm.train.evaluation_sets import KINDS, TASKS, load_examples, spread
 from prefixvlm.train.gallery import refuse_without_matplotlib, save_gallery
 
 MAX_NEW_TOKENS = dict(zip(KINDS, (64, 32), strict=True))
@@ -53,7 +53,7 @@ def run_evaluation(
         if limit < 1:
             raise ValueError(f"--limit is {limit}; it must be positive.")
         if limit < len(examples):
-            examples = [examples[index * len(examples) // limit] for index in range(limit)]
+            examples = spread(examples, limit)
         else:
             limit = None
     decoding = Decoding(num_beams, MAX_NEW_TOKENS[kind] if max_new_tokens is None else max_new_tokens, batch_size)

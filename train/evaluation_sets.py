@@ -60,6 +60,12 @@ class Example:
     image_id: int | str | None = None
 
 
+def spread(items: list, count: int) -> list:
+    """`count` of the items at even distances, or all if there are no more."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
 def load_examples(
     task: str, path: str | None = None, images: str | None = None, split: str = "test", prompt: str | None = None, **keys
 ) -> list[Example]:

@@ -40,7 +40,7 @@ def save_masks(path: Path) -> None:
         axis.set_title(title, fontsize=11)
     axes[0].set_ylabel("this position ...")
     figure.supxlabel("... may attend to these (green)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_loss_curve(histories: dict[str, list[dict]], path: Path) -> None:
@@ -59,7 +59,7 @@ def save_loss_curve(histories: dict[str, list[dict]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:  # a run shorter than logging_steps has logged no loss
             axis.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_text_losses(sets: dict[str, dict], path: Path) -> None:
@@ -78,10 +78,11 @@ def save_text_losses(sets: dict[str, dict], path: Path) -> None:
         axis.set_xlim(-0.5, len(sets) - 0.5)
         axis.set_ylabel(f"cross-entropy, {label}")
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Writes a figure and closes it; what was at `path` stays until the new one is whole."""
     import matplotlib.pyplot as plt
 
     path = Path(path)

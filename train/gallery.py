@@ -8,7 +8,8 @@ from pathlib import Path
 
 from prefixvlm.configuration.hub_export import write_atomically
 from prefixvlm.processing.images_prefix_vlm import load_image
-from prefixvlm.train.evaluation_sets import Example
+from prefixvlm.train.evaluation_sets import Example, spread
+from prefixvlm.train.figures import save
 
 THUMBNAIL = 224  # pixels a side at most
 SHOWN_REFERENCES = 3
@@ -33,8 +34,7 @@ def save_gallery(examples: list[Example], predictions: list[str], folder: Path, 
     Returns:
         The files.
     """
-    places = [index * len(examples) // min(count, len(examples)) for index in range(min(count, len(examples)))]
-    shown = [(examples[index], predictions[index]) for index in places]
+    shown = spread(list(zip(examples, predictions, strict=True)), count)
     page, picture = folder / "gallery.html", folder / "gallery.png"
     write_atomically(page, _page(shown, title))
     _draw(shown, title, picture)
@@ -85,5 +85,4 @@ def _draw(shown: list[tuple[Example, str]], title: str, path: Path) -> None:
         text = "\n".join(line for text in lines for line in textwrap.wrap(text, 40)[:4])
         axis.set_title(text, fontsize=9, loc="left", parse_math=False)  # a $ is a dollar
     figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)

@@ -1,6 +1,7 @@
 """The gallery: a page that needs no other file, and a picture, of examples spread over the test set."""
 
 import base64
+import html
 import io
 import re
 import sys
@@ -62,7 +63,8 @@ def test_what_a_model_says_is_text_and_no_code(page):
 def test_any_prediction_can_be_drawn(said, page):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        page([example(references=[said or "that"])], [said], title="$x_{$")
+        text = page([example(references=[said or "that"])], [said], title="$x_{$")
+    assert f"<td class=p>{html.escape(said)}</td>" in text
 
 
 def test_missing_matplotlib_says_what_to_install(monkeypatch):

@@ -28,7 +28,7 @@ class EvaluateByGeneration(TrainerCallback):
     """
 
     def __init__(self, recipe: EvaluationRecipe):
-        keys = {name: getattr(recipe, name) for name in ("texts", "question", "answer") if getattr(recipe, name)}
+        keys = {name: getattr(recipe, name) for name in ("texts", "question", "answer")}
         examples = load_examples(recipe.task, recipe.data, recipe.images, recipe.split, recipe.prompt, **keys)
         self.examples = spread(examples, recipe.examples)
         self.kind = TASKS[recipe.task].kind

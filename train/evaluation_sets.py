@@ -88,6 +88,7 @@ def load_examples(
     kind, path = TASKS[task].kind, path or TASKS[task].default_data
     if prompt is not None and kind != "captions":
         raise ValueError(f"--prompt is for captions; the task {task} has questions of its own.")
+    keys = {name: key for name, key in keys.items() if key is not None}
     if TASKS[task].source is None:
         if path or images or keys:
             raise ValueError(f"The task {task} brings its own data; leave --data and --images out.")
@@ -95,13 +96,10 @@ def load_examples(
         return [example for sample in samples for example in _turn_by_turn(sample)]
     if path is None:
         raise ValueError(f"The task {task} needs --data.")
-    keys = {name: key for name, key in keys.items() if key is not None}
     if unknown := [f"--{name}" for name in keys if name not in KEYS[TASKS[task].source]]:
         raise ValueError(f"The rows of the task {task} have no key for {', '.join(unknown)} to name; leave it out.")
-    if task == "captions" and _is_coco_file(path):
-        examples = _coco(path, images)
-    else:
-        examples = _from_rows(task, path, images, split, keys)
+    coco = _coco_content(path) if task == "captions" else None
+    examples = _from_rows(task, path, images, split, keys) if coco is None else _coco(coco, path, images)
     if not examples:
         raise ValueError(f"{path} has no rows of the split {split!r}.")
     if split == "test":
@@ -157,19 +155,19 @@ def _turn_by_turn(sample: Conversation) -> list[Example]:
     return [Example(Conversation(sample.images, [("user", asked)], sample.name), [reply]) for asked, reply in pairs]
 
 
-def _is_coco_file(path: str) -> bool:
+def _coco_content(path: str) -> dict | None:
+    """What a file of COCO's own form holds; `None` for any other."""
     if not path.endswith(".json") or not Path(path).is_file():
-        return False
+        return None
     try:
         content = json.loads(Path(path).read_bytes())
     except ValueError:
-        return False  # read_rows says what is wrong with it
-    return isinstance(content, dict) and "annotations" in content
+        return None  # read_rows says what is wrong with it
+    return content if isinstance(content, dict) and "annotations" in content else None
 
 
-def _coco(path: str, images: str | None) -> list[Example]:
+def _coco(content: dict, path: str, images: str | None) -> list[Example]:
     """COCO's own form: `images[{id, file_name}]` and `annotations[{image_id, caption}]`."""
-    content = json.loads(Path(path).read_bytes())
     folder = Path(images) if images else Path(path).parent
     captions: dict = {}
     try:

@@ -11,6 +11,7 @@ import transformers
 
 from evidence import backbones, studies
 from evidence.statistics import Difference, difference, mean
+from prefixvlm.train.figures import save
 
 ARM_NAMES = {
     "prefix": "prefix",
@@ -326,8 +327,7 @@ def _bar_panels(panels: list[tuple[str, dict[str, list[float]]]], path: Path) ->
         axis.set_xticks(range(len(arms)), arms, rotation=15 if len(arms) > 3 else 0, fontsize=8)
         axis.set_ylim(bottom=max(0.0, 0.8 * min(min(values) for values in arms.values())))
         axis.set_title(f"{title}\n(axis cut; dots are seeds)", fontsize=9)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _curves(arms: dict[str, list[dict]], numbers: tuple[str, ...], path: Path) -> None:
@@ -344,8 +344,7 @@ def _curves(arms: dict[str, list[dict]], numbers: tuple[str, ...], path: Path) -
         axis.set_xlabel("step")
         axis.set_ylabel("cross-entropy")
         axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _text_points(found: Results, path: Path) -> None:
@@ -365,8 +364,7 @@ def _text_points(found: Results, path: Path) -> None:
     axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
     axis.set_xlabel("nats per token")
     axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _noise_curves(found: Results, path: Path) -> None:
@@ -388,5 +386,4 @@ def _noise_curves(found: Results, path: Path) -> None:
         axis.set_xlabel("step")
     axes[0].set_ylabel("training loss of stage 0")
     axes[1].legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)

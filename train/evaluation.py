@@ -5,18 +5,17 @@ Under accelerate each process answers its share, and writes a file of its own un
 
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 
 from prefixvlm.configuration.hub_export import write_atomically
 from prefixvlm.train.answering import Decoding, answers
 from prefixvlm.train.evaluation_sets import Example
+from prefixvlm.train.measure import versions
 from prefixvlm.train.metrics.intervals import bootstrap
 
 PREDICTIONS, METRICS, SETTINGS = "predictions.jsonl", "metrics.json", "settings.json"
@@ -95,11 +94,7 @@ def evaluate(
             "interval": "95%, percentile bootstrap over test items, 1,000 resamples, seed 0",
             **settings,
             "command": " ".join(sys.argv),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
         write_atomically(output / METRICS, json.dumps(report, indent=2) + "\n")
     processes.wait_for_everyone()

@@ -3,11 +3,13 @@
 Shapes: T tokens of a sample, P image tokens, D width.
 """
 
+import platform
 import resource
 import time
 from collections.abc import Iterable, Mapping
 
 import torch
+import transformers
 from torch import nn
 
 from prefixvlm.train.stages import MODULES
@@ -119,6 +121,11 @@ def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
     started = time.perf_counter()
     a @ b
     return time.perf_counter() - started
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a figure depends on, for the records of runs."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
 def peak_memory(device: torch.device) -> int:

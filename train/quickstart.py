@@ -12,13 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import transformers
-
 from prefixvlm.configuration.hub_export import write_atomically
 from prefixvlm.train import easy_vqa, figures, run
 from prefixvlm.train.answering import answer
 from prefixvlm.train.conversation import Conversation
+from prefixvlm.train.measure import versions
 from prefixvlm.train.model_building import load
 from prefixvlm.train.recipe import Recipe
 
@@ -77,7 +75,7 @@ def quickstart(recipe: Recipe) -> dict:
     metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     metrics["seed"] = recipe.seed
     metrics["machine"] = f"{os.cpu_count()} cores, {platform.machine()}"
-    metrics["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    metrics["versions"] = versions()
     write_atomically(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
@@ -25,6 +24,7 @@ from prefixvlm.train import checkpoints, data, figures, lora, model_building
 from prefixvlm.train.collator import ConversationCollator
 from prefixvlm.train.evaluation_in_training import EvaluateByGeneration
 from prefixvlm.train.feature_cache import FeatureCache
+from prefixvlm.train.measure import versions
 from prefixvlm.train.order import OrderedSamples, StreamedSamples
 from prefixvlm.train.recipe import Recipe, StageRecipe
 from prefixvlm.train.screening import Screened, StreamReport, encode_one, refuse_if_too_many, screen, write_report
@@ -315,11 +315,10 @@ def _feature_cache(model, recipe: Recipe, stage_recipe: StageRecipe) -> FeatureC
 def _record(settings: dict, recipe: Recipe) -> dict:
     """What is worth knowing about a run afterwards, for `run.json`."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
     return {
         "command": " ".join(sys.argv),
         "seed": recipe.seed,
-        "versions": packages,
+        "versions": versions(),
         "device": f"{processes().num_processes} x {device}",
         "data_fingerprint": settings["data_fingerprint"],
         "settings": settings,

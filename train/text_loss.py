@@ -7,7 +7,6 @@ Shapes: B windows of texts, T tokens, V vocabulary, R rows.
 """
 
 import json
-import platform
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prefixvlm.auto import PrefixVLMConfig
 from prefixvlm.configuration.hub_export import write_atomically
 from prefixvlm.train.figures import save_text_losses
+from prefixvlm.train.measure import versions
 from prefixvlm.train.metrics.intervals import bootstrap
 from prefixvlm.train.model_building import load
 from prefixvlm.train.rows import parsed
@@ -104,11 +103,7 @@ def compare(model: str, specifications: list[str], max_tokens: int | None = None
         "interval": f"{LEVEL:.0%} bootstrap over rows, {SAMPLES} samples",
         "max_tokens": max_tokens,
         "first_token": "not counted" if start is None else f"predicted from {start}",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         **summary,
     }
 

@@ -30,6 +30,7 @@ from ..configuration.configuration_prefix_vlm import (
     TURN_START_TOKEN,
     PrefixVLMConfig,
 )
+from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 
 IGNORE_INDEX = -100
@@ -456,6 +457,13 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
         return logits
 
+    def _has_plain_head(self) -> bool:
+        """Whether `_head` is one matrix product and nothing else."""
+        scaling = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        return is_plain(self.get_output_embeddings()) and not any(
+            getattr(self.config.text_config, name, None) for name in scaling
+        )
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -507,11 +515,16 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             supervised = targets != IGNORE_INDEX
             if document_ids is not None:  # the last token of a document does not predict the first of the next
                 supervised = supervised & (document_ids[:, 1:] == document_ids[:, :-1])
-            predictions = self._head(hidden_states[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]
-            losses = nn.functional.cross_entropy(predictions.float(), targets[supervised], reduction="none")
-            items = max(1, losses.numel()) if num_items_in_batch is None else num_items_in_batch
-            loss = losses.sum() / (items.to(losses.device) if torch.is_tensor(items) else items)
-            token_losses = losses.detach()
+            targets = targets[supervised]
+            items = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
+            items = items.to(hidden_states.device) if torch.is_tensor(items) else items
+            if logits is None and self._has_plain_head():
+                hidden_states = hidden_states[:, :-1][supervised]
+                loss, token_losses = head_and_loss(self.get_output_embeddings(), hidden_states, targets, items)
+            else:
+                asked = self._head(hidden_states[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]
+                losses = nn.functional.cross_entropy(asked.float(), targets, reduction="none")
+                loss, token_losses = losses.sum() / items, losses.detach()
         result = PrefixVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

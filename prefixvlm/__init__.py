@@ -10,6 +10,7 @@ _HOMES = {
     "PrefixVLMForConditionalGeneration": "prefixvlm.modeling_vlm.modeling_prefix_vlm",
     "PrefixVLMProcessor": "prefixvlm.processing.processing_prefix_vlm",
     "AutoModelForVision2Seq": "prefixvlm.auto",
+    "EncodedImages": "prefixvlm.encoded_images",
 }
 __all__ = [*_HOMES, "__version__"]
 

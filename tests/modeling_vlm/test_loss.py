@@ -64,7 +64,7 @@ def test_skip_logits_changes_neither_loss_nor_gradients(model, batch):
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "k_proj.bias" not in name)
     for name, gradient in expected.items():
         difference = (actual[name] - gradient).abs().max()
-        assert difference <= 1e-6 * max(1, gradient.abs().max()), f"{name} differs by {difference:.1e}"
+        assert difference <= 1e-5 * max(1, gradient.abs().max()), f"{name} differs by {difference:.1e}"
 
 
 def test_skip_logits_runs_the_head_on_supervised_positions_only(model, batch):

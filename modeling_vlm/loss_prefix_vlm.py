@@ -1,0 +1,87 @@
+"""The language head and its cross-entropy in one step, without ever holding all logits.
+
+This file travels to the Hub with every checkpoint, so it imports only torch.
+
+Shapes: N supervised tokens, D width of the language model, V vocabulary.
+"""
+
+import torch
+from torch import nn
+
+CHUNK_ELEMENTS = 2**25  # logits held at once; in float32 128 MiB
+
+
+def head_and_loss(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor, items):
+    """Cross-entropy of `head(hidden_states)` against `targets` (paper, Eq. 1), summed in float32 and divided by `items`.
+
+    The gradient is made along with the loss, chunk by chunk, so neither logits nor their gradient are kept for the backward
+    pass and nothing is computed twice. It can be run backward once.
+
+    Args:
+        head: the language head; see `is_plain`.
+        hidden_states: (N, D).
+        targets: (N,), token ids.
+        items: what the sum is divided by, a number or a scalar tensor.
+
+    Returns:
+        The loss, a scalar, and the detached losses of the tokens (N,), not divided.
+    """
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    return _HeadAndLoss.apply(hidden_states, head.weight, head.bias, targets, items, dtype)
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether the head is its weight and nothing more: no adapter, no quantisation, no hook that fetches a weight."""
+    has_hooks = head._forward_pre_hooks or head._forward_hooks or hasattr(head, "_hf_hook")
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not has_hooks
+
+
+class _HeadAndLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, targets, items, dtype):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        cast = weight.to(dtype)
+        cast_bias = None if bias is None else bias.to(dtype)
+        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        grad_weight = grad_bias = None
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            hidden = hidden_states[chunk].to(dtype)
+            logits = nn.functional.linear(hidden, cast, cast_bias).float()
+            target = targets[chunk, None]
+            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            losses[chunk] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
+            if not any(ctx.needs_input_grad):
+                continue
+            # softmax less one at the target, in the memory of the logits
+            gradient = logits.sub_(log_normalizer).exp_()
+            gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0)).div_(items)
+            if needs_bias:
+                grad_bias = _sum(grad_bias, gradient.sum(dim=0))
+            gradient = gradient.to(dtype)
+            if needs_hidden:
+                grad_hidden[chunk] = (gradient @ cast).to(grad_hidden.dtype)
+            if needs_weight:
+                grad_weight = _sum(grad_weight, gradient.T @ hidden)
+        if needs_weight:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        if needs_bias:
+            grad_bias = torch.zeros_like(bias) if grad_bias is None else grad_bias.to(bias.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() / items, losses
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        # in place: a copy of the weight's gradient would stand where memory is at its highest
+        gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None
+
+
+def _sum(total: torch.Tensor | None, chunk: torch.Tensor) -> torch.Tensor:
+    """Over the chunks in float32, as one matrix product would; a single chunk stays what it is."""
+    return chunk if total is None else total.float().add_(chunk)

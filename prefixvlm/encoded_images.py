@@ -1,0 +1,91 @@
+"""Images encoded once and asked about many times: the cache of the prompt up to the last image is kept and shared.
+
+Shapes: Q questions, L tokens of the shared beginning, W tokens of the longest rest.
+"""
+
+import copy
+
+import torch
+
+
+class EncodedImages:
+    """One image or more that a model has read, ready for questions.
+
+    The answers are those of separate prompts: the beginning of the prompt, up to the last image, is the same for every
+    question, and in the modes that may use a cache nothing in it depends on what follows.
+
+    ```python
+    photo = EncodedImages(model, processor, "photo.png")
+    photo.ask("what shape is present?")
+    photo.ask(["what color is the shape?", "is there a circle?"])  # answered in one batch
+    ```
+
+    Args:
+        model: a PrefixVLM; it is put into evaluation mode.
+        processor: its processor.
+        images: one image, or a list that all stands before each question; anything `load_image` opens.
+
+    Raises:
+        ValueError: for an image that cannot be used, or a bidirectional (stage 0) model.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model, processor, images):
+        self.model, self.processor = model.eval(), processor
+        self.images = list(images) if isinstance(images, list | tuple) else [images]
+        text, ids = self._prompt("")
+        last = text.rindex(processor.image_token) + len(processor.image_token)
+        inputs = processor(images=self.images, text=text[:last], add_special_tokens=False, return_tensors="pt")
+        self._beginning = inputs["input_ids"].to(model.device)  # (1, L)
+        self._beginning_ids = ids[: _after_images(ids, processor.image_token_id)]
+        self._cache = model(**inputs.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch.inference_mode()
+    def ask(self, questions: str | list[str], max_new_tokens: int = 128, **generation) -> str | list[str]:
+        """Answers one question, or several as one batch.
+
+        Args:
+            generation: further arguments of `generate`; by default the search is greedy.
+
+        Raises:
+            ValueError: for an empty list.
+        """
+        if isinstance(questions, str):
+            return self.ask([questions], max_new_tokens, **generation)[0]
+        if not questions:
+            raise ValueError("There are no questions to answer.")
+        rests = []
+        for question in questions:
+            _, ids = self._prompt(question)
+            after = _after_images(ids, self.processor.image_token_id)
+            if ids[:after] != self._beginning_ids:
+                raise ValueError("The chat template puts questions before the images, so prompts have no common beginning.")
+            rests.append(ids[after:])
+        width, shared = max(map(len, rests)), self._beginning.shape[1]
+        pad_token_id = self.processor.tokenizer.pad_token_id or 0
+        # what is padded lies between the shared beginning and the rest, so that all answers start at the same place
+        ids = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=self.model.device)
+        real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=self.model.device)
+        output = self.model.generate(
+            input_ids=torch.cat([self._beginning.expand(len(ids), -1), ids], dim=1),
+            attention_mask=torch.cat([real.new_ones(len(ids), shared), real], dim=1),
+            past_key_values=self._copied(len(ids) * generation.get("num_beams", 1)),
+            **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation},
+        )
+        return self.processor.batch_decode(output[:, shared + width :], skip_special_tokens=True)
+
+    def _prompt(self, question: str) -> tuple[str, list[int]]:
+        """The prompt as text and as ids, each image one token."""
+        content = [*({"type": "image"} for _ in self.images), {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return text, self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _copied(self, rows: int):
+        cache = copy.deepcopy(self._cache)  # generating appends to it
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def _after_images(ids: list[int], image_token_id: int) -> int:
+    """The place after the last image token."""
+    return len(ids) - ids[::-1].index(image_token_id)

@@ -1,12 +1,14 @@
 """The language head and its cross-entropy in one step, without ever holding all logits.
 
-This file travels to the Hub with every checkpoint, so it imports only torch.
+This file travels to the Hub with every checkpoint, so it imports only torch and its sibling.
 
 Shapes: N supervised tokens, D width of the language model, V vocabulary.
 """
 
 import torch
 from torch import nn
+
+from .cpu_products_prefix_vlm import gradient_of_rows, gradient_of_weight, is_slow, product
 
 CHUNK_ELEMENTS = 2**25  # logits held at once; in float32 128 MiB
 
@@ -42,16 +44,19 @@ class _HeadAndLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, targets, items, dtype):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        cast = weight.to(dtype)
-        cast_bias = None if bias is None else bias.to(dtype)
+        given = hidden_states, weight, bias
+        in_float32 = is_slow(weight)
+        if not in_float32:
+            weight, hidden_states = weight.to(dtype), hidden_states.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         rows = max(1, CHUNK_ELEMENTS // len(weight))
         losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
         grad_weight = grad_bias = None
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            hidden = hidden_states[chunk].to(dtype)
-            logits = nn.functional.linear(hidden, cast, cast_bias).float()
+            hidden = hidden_states[chunk]
+            logits = product(hidden, weight, bias) if in_float32 else nn.functional.linear(hidden, weight, bias).float()
             target = targets[chunk, None]
             log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
             losses[chunk] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
@@ -62,16 +67,20 @@ class _HeadAndLoss(torch.autograd.Function):
             gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0)).div_(items)
             if needs_bias:
                 grad_bias = _sum(grad_bias, gradient.sum(dim=0))
-            gradient = gradient.to(dtype)
+            if not in_float32:
+                gradient = gradient.to(dtype)
             if needs_hidden:
-                grad_hidden[chunk] = (gradient @ cast).to(grad_hidden.dtype)
+                grad_hidden[chunk] = gradient_of_rows(gradient, weight) if in_float32 else gradient @ weight
             if needs_weight:
-                grad_weight = _sum(grad_weight, gradient.T @ hidden)
-        if needs_weight:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        if needs_bias:
-            grad_bias = torch.zeros_like(bias) if grad_bias is None else grad_bias.to(bias.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+                one = gradient_of_weight(gradient, hidden, weight.dtype) if in_float32 else gradient.T @ hidden
+                grad_weight = _sum(grad_weight, one)
+        if needs_weight and grad_weight is None:  # no tokens
+            grad_weight = torch.zeros_like(weight)
+        if needs_bias and grad_bias is None:
+            grad_bias = torch.zeros_like(bias)
+        gradients = (grad_hidden, grad_weight, grad_bias)
+        pairs = zip(gradients, given, strict=True)
+        ctx.save_for_backward(*(None if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in pairs))
         ctx.mark_non_differentiable(losses)
         return losses.sum() / items, losses
 

@@ -8,6 +8,7 @@ D width of the language model, V vocabulary.
 
 import importlib
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from ..configuration.configuration_prefix_vlm import (
     TURN_START_TOKEN,
     PrefixVLMConfig,
 )
+from .cpu_products_prefix_vlm import FEWEST_ROWS, Float32Products, is_slow
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 
@@ -192,13 +194,26 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         """Images (I, C, H, W) to what the vision encoder says of their patches, (I, P, width of the encoder)."""
         pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is welcome too
         pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
-        features = self.vision_tower(pixel_values=pixel_values, return_dict=True).last_hidden_state
+        with self._fast_products(pixel_values):
+            features = self.vision_tower(pixel_values=pixel_values, return_dict=True).last_hidden_state
         # encoders of the CLIP kind put a class token before the patches
         return features[:, -self.config.num_image_tokens :]
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (I, C, H, W) to projected features (I, P, D)."""
-        return self.projector(self.get_vision_features(pixel_values))
+        return self._project(self.get_vision_features(pixel_values))
+
+    def _project(self, vision_features: torch.Tensor) -> torch.Tensor:
+        with self._fast_products(vision_features):
+            return self.projector(vision_features)
+
+    def _fast_products(self, rows: torch.Tensor):
+        """A context for products with `rows`; all but the last of its dimensions count."""
+        few = rows.shape[:-1].numel() < FEWEST_ROWS
+        if few or not is_slow(self.get_input_embeddings().weight):
+            return nullcontext()
+        # activations that are computed again in the backward pass, outside of this, have to be computed in the same way
+        return nullcontext() if torch.is_grad_enabled() and self.is_gradient_checkpointing else Float32Products()
 
     def _update_causal_mask(
         self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None, cache_position=None
@@ -267,7 +282,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         if pixel_values is not None:
             vision_features = self.get_vision_features(pixel_values)
         if vision_features is not None:
-            image_hidden_states = self.projector(vision_features).to(inputs_embeds.dtype)
+            image_hidden_states = self._project(vision_features).to(inputs_embeds.dtype)
             wanted, given = int(is_image.sum()), image_hidden_states.shape[0] * image_hidden_states.shape[1]
             if wanted != given:
                 raise ValueError(
@@ -329,15 +344,16 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 )
             # else one text token after all others sees them all, which is what the decoder makes of the 2D mask
 
-        outputs = self.get_decoder()(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
+        with self._fast_products(inputs_embeds):
+            outputs = self.get_decoder()(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                return_dict=True,
+                **kwargs,
+            )
         result = PrefixVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -448,7 +464,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) to logits (..., V), with the scaling and capping some decoders add to their head."""
         config = self.config.text_config
-        logits = self.get_output_embeddings()(hidden_states)
+        with self._fast_products(hidden_states):
+            logits = self.get_output_embeddings()(hidden_states)
         if getattr(config, "logits_scaling", None):  # Granite
             logits = logits / config.logits_scaling
         if getattr(config, "logit_scale", None):  # Cohere

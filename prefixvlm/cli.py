@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--image", required=True, metavar="FILE")
     command.add_argument("--prompt", metavar="TEXT", help="the question; without one the image is captioned")
     command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    command.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights (default: float32)")
+    command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
 
     command = add("evaluate", evaluate, "answer or caption a whole test set, and score it")
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64 for captions, 32 for answers")
     command.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
     command.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights (default: float32)")
+    command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
     command.add_argument("--limit", type=int, metavar="N", help="only N examples, spread evenly; no published set any more")
     command.add_argument("--table", action="store_true", help="print Table VI's layout, with the paper's row beside ours")
 
@@ -169,9 +172,12 @@ def train(options) -> None:
 
 def generate(options) -> None:
     from prefixvlm.answers import stream_answer
+    from prefixvlm.int8 import quantize_int8
     from prefixvlm.train.model_building import load
 
-    model, processor = load(options.model)
+    model, processor = load(options.model, options.dtype)
+    if options.int8:
+        quantize_int8(model)
     for piece in stream_answer(model, processor, options.image, options.prompt, options.max_new_tokens):
         print(piece, end="", flush=True)
     print()

@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 
 from prefixvlm.configuration.hub_export import write_atomically
+from prefixvlm.int8 import quantize_int8
 from prefixvlm.train import model_building, paper_results
 from prefixvlm.train.answering import Decoding
 from prefixvlm.train.evaluation import METRICS, PREDICTIONS, evaluate, read_predictions, scorer
@@ -31,6 +32,7 @@ def run_evaluation(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     dtype: str = "float32",
+    int8: bool = False,
     limit: int | None = None,
     table: bool = False,
 ) -> dict:
@@ -64,10 +66,13 @@ def run_evaluation(
     network, processor = model_building.load(model, dtype)
     processes = PartialState(cpu=not torch.cuda.is_available())
     network.to(processes.device)
+    if int8:
+        quantize_int8(network)
     settings = {
         "model": model,
         "weights": _identity(model, network),
         "dtype": dtype,
+        "int8": int8,
         "task": task,
         "data": data or TASKS[task].default_data or "easy-VQA",
         "images": images,

@@ -20,7 +20,8 @@ from prefixvlm.configuration import hub_export
 from prefixvlm.configuration.hub_export import EMPTY_CARD, ENTRY_MODULES, export, export_code, write_atomically
 from prefixvlm.modeling_vlm import modeling_prefix_vlm
 
-CODE = {"configuration_prefix_vlm.py", "modeling_prefix_vlm.py", "masking_prefix_vlm.py"}
+MODELING = {"modeling_prefix_vlm.py", "masking_prefix_vlm.py", "loss_prefix_vlm.py", "cpu_products_prefix_vlm.py"}
+CODE = {"configuration_prefix_vlm.py", *MODELING}
 CODE |= {"processing_prefix_vlm.py", "images_prefix_vlm.py"}
 ENTRIES = {f"{module.rsplit('.')[-1]}.py" for module in ENTRY_MODULES}
 MAY_IMPORT = {"torch", "transformers", "numpy", "PIL"}
@@ -62,7 +63,7 @@ def test_an_entry_file_names_all_that_it_needs(folder):
                 closure.add(name)
                 waiting.append(name)
         assert needs[entry] == closure - {entry}
-    assert needs["modeling_prefix_vlm.py"] == {"configuration_prefix_vlm.py", "masking_prefix_vlm.py"}
+    assert needs["modeling_prefix_vlm.py"] == {"configuration_prefix_vlm.py", *MODELING} - {"modeling_prefix_vlm.py"}
     assert needs["processing_prefix_vlm.py"] == {"configuration_prefix_vlm.py", "images_prefix_vlm.py"}
 
 

@@ -21,6 +21,8 @@ CODE = {
     "configuration_prefix_vlm.py",
     "images_prefix_vlm.py",
     "masking_prefix_vlm.py",
+    "loss_prefix_vlm.py",
+    "cpu_products_prefix_vlm.py",
     "modeling_prefix_vlm.py",
     "processing_prefix_vlm.py",
 }

@@ -115,7 +115,9 @@ def test_the_model_takes_it_on_supervised_positions_only(monkeypatch):
     seen = []
     monkeypatch.setattr(
         "prefixvlm.modeling_vlm.modeling_prefix_vlm.head_and_loss",
-        lambda head, hidden, targets, items: seen.append(tuple(hidden.shape)) or head_and_loss(head, hidden, targets, items),
+        lambda head, hidden, targets, items: (
+            seen.append(tuple(hidden.shape)) or head_and_loss(head, hidden, targets, items)
+        ),
     )
     model(**batch, labels=labels, skip_logits=True)
     assert seen == [(4, 48)]

@@ -7,6 +7,8 @@ import torch
 from tiny import random_batch, tiny_model
 from transformers import TrainingArguments
 
+from prefixvlm.modeling_vlm import modeling_prefix_vlm
+from prefixvlm.modeling_vlm.loss_prefix_vlm import head_and_loss
 from prefixvlm.train.measure import training_flops
 from prefixvlm.train.stages import MODULES, PAPER_STAGES
 from prefixvlm.train.trainer import StageTrainer, _sample_lengths, cosine_with_floor, module_of
@@ -181,11 +183,14 @@ def test_samples_are_counted_by_their_own_lengths(packed):
 def test_head_runs_on_supervised_positions_only(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, PAPER_STAGES[2], max_steps=1, per_device_train_batch_size=8)
     asked = sum(int((row["labels"][1:] != -100).sum()) for row in trainer.train_dataset)
-    shapes = []
-    head = trainer.model._head
-    monkeypatch.setattr(trainer.model, "_head", lambda hidden: shapes.append(tuple(hidden.shape[:-1])) or head(hidden))
+    rows = []
+    monkeypatch.setattr(
+        modeling_prefix_vlm,
+        "head_and_loss",
+        lambda head, hidden, *others: rows.append(len(hidden)) or head_and_loss(head, hidden, *others),
+    )
     trainer.train()
-    assert shapes == [(asked,)]
+    assert rows == [asked]
 
 
 def test_unknown_parameter_is_named():

@@ -1,0 +1,272 @@
+"""What all benchmarks share: turns taken by the sides, the limits of the machine, and the models side by side.
+
+A model's size is the `paper` preset's. Where that would not fit the time at hand, every side keeps the same share of its
+layers (`depth`), which each result says.
+"""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+)
+
+from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
+from prefixvlm.train.measure import versions
+
+REPEATS = 5
+# products of the paper's model: encoder, projector and decoder, over one image and over a batch of four
+GEMM_SHAPES = ((256, 1152, 4304), (288, 896, 4864), (1152, 896, 4864), (1024, 1152, 4304), (2048, 2048, 2048))
+VOCABULARY, WIDTH = 151_936, 896
+
+
+@dataclass
+class Place:
+    """Where and how long to measure.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        dtype: of weights and activations.
+        seconds: how long one benchmark may take, about; `None` for full size whatever it takes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float | None
+
+    def depth(self, flops: float, rate: float) -> float:
+        """The share of the layers with which `flops` operations fit the time."""
+        if self.seconds is None:
+            return 1.0
+        return min(1.0, self.seconds * rate / flops)
+
+    def __str__(self) -> str:
+        return f"{device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} cores, {platform.machine()} with {capability}"
+
+
+def emit(name: str, place: Place | None = None, **values) -> dict:
+    """Prints a result as one line of JSON, and returns it."""
+    where = {"where": str(place)} if place else {"where": f"{os.cpu_count()} cores, {platform.machine()}"}
+    result = {"measurement": name, **values, **where, "versions": versions()}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, with all that it left to do on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def alternate(calls: dict[str, Callable], device: torch.device, repeats: int = REPEATS) -> dict[str, list[float]]:
+    """Seconds of each call over `repeats` rounds in which they take turns, after one round that does not count."""
+    for call in calls.values():
+        call()
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call, device))
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Of the medians."""
+    return round(statistics.median(slow) / statistics.median(fast), 3)
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {
+        "median_s": round(statistics.median(seconds), 4),
+        "min_s": round(min(seconds), 4),
+        "max_s": round(max(seconds), 4),
+        "rounds": len(seconds),
+    }
+
+
+def gemm_rate(place: Place) -> float:
+    """The most FLOP/s that matrix products of the model's shapes reach."""
+    rates = []
+    for rows, inner, columns in GEMM_SHAPES:
+        a = torch.randn(rows, inner, device=place.device).to(place.dtype)
+        b = torch.randn(columns, inner, device=place.device).to(place.dtype)
+        seconds = [seconds_of(lambda a=a, b=b: functional.linear(a, b), place.device) for _ in range(REPEATS + 1)][1:]
+        rates.append(2 * rows * inner * columns / min(seconds))
+    return max(rates)
+
+
+def gemv_bandwidth(place: Place) -> float:
+    """The most bytes a second that the product of one row with the vocabulary's matrix reads."""
+    row = torch.randn(1, WIDTH, device=place.device).to(place.dtype)
+    matrix = torch.randn(VOCABULARY, WIDTH, device=place.device).to(place.dtype)
+    seconds = [seconds_of(lambda: functional.linear(row, matrix), place.device) for _ in range(2 * REPEATS)]
+    return matrix.numel() * matrix.element_size() / min(seconds)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the machine multiplies it as fast as float32, as GPUs and CPUs with AVX-512 BF16 or AMX do."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    rates = [gemm_rate(Place(device, dtype, None)) for dtype in (torch.bfloat16, torch.float32)]
+    return torch.bfloat16 if rates[0] >= rates[1] else torch.float32
+
+
+def forward_flops(
+    config, images: int, patches: int, tokens: int, head_tokens: int = 1, projected: int | None = None
+) -> float:
+    """Of one pass through an encoder, a projector and a decoder: two a weight and token, and 4 T^2 D of attention a layer.
+
+    Args:
+        config: with `vision_config` (SigLIP) and `text_config` (Qwen 2).
+        images: pictures or crops that the encoder reads.
+        patches: of each.
+        tokens: that the decoder reads.
+        head_tokens: that the language head runs on.
+        projected: what the projector reads; by default all patches.
+    """
+    vision, text = config.vision_config, config.text_config
+    head_width = text.hidden_size // text.num_attention_heads
+    decoder_layer = text.hidden_size * (
+        2 * text.hidden_size + 2 * text.num_key_value_heads * head_width + 3 * text.intermediate_size
+    )
+    encoder_layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    hidden = getattr(config, "projector_hidden_size", None) or text.hidden_size
+    weights = {
+        "encoder": (
+            images * patches,
+            vision.num_hidden_layers * encoder_layer + 3 * vision.patch_size**2 * vision.hidden_size,
+        ),
+        "projector": (
+            images * patches if projected is None else projected,
+            hidden * (vision.hidden_size + text.hidden_size),
+        ),
+        "decoder": (tokens, text.num_hidden_layers * decoder_layer),
+        "head": (head_tokens, text.hidden_size * text.vocab_size),
+    }
+    attention = 4 * images * patches**2 * vision.hidden_size * vision.num_hidden_layers
+    attention += 4 * tokens**2 * text.hidden_size * text.num_hidden_layers
+    return attention + sum(2 * rows * count for rows, count in weights.values())
+
+
+def layers(config, depth: float) -> int:
+    return max(1, round(depth * config.num_hidden_layers))
+
+
+def paper_config(depth: float = 1.0) -> PrefixVLMConfig:
+    config = PrefixVLMConfig.from_preset("paper")
+    for half in (config.vision_config, config.text_config):
+        shorten(half, depth)
+    return config
+
+
+def shorten(config, depth: float) -> None:
+    config.num_hidden_layers = layers(config, depth)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+
+
+def prefix_vlm(place: Place, depth: float = 1.0) -> PrefixVLMForConditionalGeneration:
+    return _built(PrefixVLMForConditionalGeneration, paper_config(depth), place)
+
+
+def llava_config(depth: float = 1.0) -> LlavaConfig:
+    """LLaVA of the same encoder and decoder, which also reads the encoder's last layer; its projector is narrower."""
+    paper = paper_config(depth)
+    return LlavaConfig(
+        vision_config=paper.vision_config,
+        text_config=paper.text_config,
+        image_token_index=paper.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=paper.num_image_tokens,
+        tie_word_embeddings=True,
+    )
+
+
+def llava(place: Place, depth: float = 1.0) -> LlavaForConditionalGeneration:
+    return _built(LlavaForConditionalGeneration, llava_config(depth), place)
+
+
+def onevision_config(depth: float = 1.0) -> LlavaOnevisionConfig:
+    """LLaVA-OneVision-0.5B: SigLIP-so400m at 384 pixels but for its last layer, crops of an image, the same decoder."""
+    config = LlavaOnevisionConfig(text_config=paper_config().text_config.to_dict(), tie_word_embeddings=True)
+    for half in (config.vision_config, config.text_config):
+        shorten(half, depth)
+    return config
+
+
+def onevision(place: Place, depth: float = 1.0) -> LlavaOnevisionForConditionalGeneration:
+    return _built(LlavaOnevisionForConditionalGeneration, onevision_config(depth), place)
+
+
+def _built(model_class, config, place: Place):
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(place.dtype)  # from the start, so that no wider copy counts among the memory
+    try:
+        with torch.device(place.device), _QuickWeights():
+            model = model_class(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+    model.generation_config.eos_token_id = None  # texts of the length that is asked for
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+class _QuickWeights(TorchFunctionMode):
+    """Random weights by repeating a thousand numbers: drawing a billion takes longer than some of the measurements."""
+
+    DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in self.DRAWS or args[0].is_meta:
+            return function(*args, **(kwargs or {}))
+        tensor = args[0]
+        numbers = 0.02 * torch.randn(1013, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+        numbers = numbers.to(tensor.device, tensor.dtype)
+        flat = tensor.detach().view(-1)
+        whole = len(flat) // len(numbers) * len(numbers)
+        flat[:whole].view(-1, len(numbers)).copy_(numbers)
+        flat[whole:].copy_(numbers[: len(flat) - whole])
+        return tensor
+
+
+def prompt(image_token_id: int, image_tokens: int, text_tokens: int, device, rows: int = 1) -> dict[str, torch.Tensor]:
+    """Image tokens, then random words, in each row."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 100_000, (rows, text_tokens), generator=generator)
+    images = torch.full((rows, image_tokens), image_token_id)
+    input_ids = torch.cat([images, words], dim=1).to(device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def pixels(place: Place, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.device, place.dtype)
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

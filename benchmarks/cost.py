@@ -1,0 +1,84 @@
+"""How cost grows with the length of the text, the batch, the images and the questions, with the exponent fitted.
+
+One pass through the model for the first three; for questions, `EncodedImages` from the image to the last answer's first
+token. An exponent of 1 means twice the time for twice the amount; `marginal` is that between the two largest amounts.
+"""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import common
+from benchmarks.common import Place, alternate, emit, summary
+from benchmarks.questions import QUESTIONS, _processor
+from prefixvlm import EncodedImages
+
+ROUNDS = 3
+TEXTS = (32, 64, 128, 256, 512, 1024, 2048)
+BATCHES = (1, 2, 4, 8, 16)
+IMAGES = (1, 2, 4, 8)
+QUESTION_COUNTS = (1, 2, 4, 8)
+PATCHES, WORDS = 256, 32
+
+
+def run(place: Place) -> list[dict]:
+    config = common.paper_config()
+    amounts = {"text tokens": TEXTS, "batch": BATCHES, "images": IMAGES}
+    shapes = {name: [_shape(name, amount) for amount in values] for name, values in amounts.items()}
+    flops = sum(_flops(config, *shape) for values in shapes.values() for shape in values)
+    depth = place.depth(1.5 * flops * (ROUNDS + 1), common.gemm_rate(place))
+    model = common.prefix_vlm(place, depth)
+    config = model.config
+    results = []
+    with torch.inference_mode():
+        for name, values in amounts.items():
+            calls = {amount: _pass(model, place, *shape) for amount, shape in zip(values, shapes[name], strict=True)}
+            gflop = [_flops(config, *shape) / 1e9 for shape in shapes[name]]
+            results.append(_grown(name, values, alternate(calls, place.device, ROUNDS), gflop, place, depth))
+        processor = _processor(model)
+        picture = Image.effect_noise((224, 224), 64).convert("RGB")
+        calls = {
+            count: lambda count=count: EncodedImages(model, processor, picture).ask(list(QUESTIONS[:count]), 1)
+            for count in QUESTION_COUNTS
+        }
+        seconds = alternate(calls, place.device, ROUNDS)
+        results.append(_grown("questions about one image", QUESTION_COUNTS, seconds, None, place, depth))
+    return results
+
+
+def exponent(amounts, seconds) -> float:
+    """The slope of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(amounts), np.log(seconds), 1)[0])
+
+
+def _grown(name: str, amounts, seconds: dict, gflop, place: Place, depth: float) -> dict:
+    medians = [float(np.median(seconds[amount])) for amount in amounts]
+    return emit(
+        f"cost by {name}",
+        place,
+        depth=round(depth, 3),
+        layers=common.layers(common.paper_config().text_config, depth),
+        amounts=list(amounts),
+        seconds=[summary(seconds[amount]) for amount in amounts],
+        gflop=None if gflop is None else [round(one, 1) for one in gflop],
+        exponent=round(exponent(amounts, medians), 2),
+        marginal=round(math.log(medians[-1] / medians[-2]) / math.log(amounts[-1] / amounts[-2]), 2),
+        exponent_of_flops=None if gflop is None else round(exponent(amounts, gflop), 2),
+    )
+
+
+def _shape(name: str, amount: int) -> tuple[int, int, int]:
+    """Rows, images a row, and words a row."""
+    return {"text tokens": (1, 1, amount), "batch": (amount, 1, WORDS), "images": (1, amount, WORDS)}[name]
+
+
+def _flops(config, rows: int, images: int, words: int) -> float:
+    return rows * common.forward_flops(config, images, PATCHES, images * PATCHES + words)
+
+
+def _pass(model, place: Place, rows: int, images: int, words: int):
+    inputs = common.prompt(model.config.image_token_id, images * PATCHES, words, place.device, rows)
+    pictures = common.pixels(place, rows * images, 3, 224, 224)
+    return lambda: model(**inputs, pixel_values=pictures, logits_to_keep=1, use_cache=True)

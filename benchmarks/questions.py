@@ -1,0 +1,74 @@
+"""Many questions about one image: `EncodedImages` against a prompt of its own for each question."""
+
+import torch
+from PIL import Image
+
+from benchmarks import common
+from benchmarks.common import Place, alternate, emit, ratio, summary
+from prefixvlm import EncodedImages, PrefixVLMProcessor
+from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.train.model_building import train_tokenizer
+
+COUNTS = (1, 2, 4, 8)
+NEW_TOKENS = 8
+QUESTIONS = (
+    "What is in the picture?",
+    "How many people are there?",
+    "Which colour is the car on the left side of the street?",
+    "Is it raining?",
+    "What does the sign above the door say?",
+    "Where was this taken?",
+    "Is there a dog?",
+    "What time of the day is it, and how can one tell?",
+)
+
+
+def run(place: Place) -> list[dict]:
+    rate = common.gemm_rate(place)
+    one = common.forward_flops(common.paper_config(), 1, 256, 256 + 32)
+    # the encoder dominates: each count asks it once more together, and as often as it has questions alone
+    depth = place.depth(sum(count + 1 for count in COUNTS) * (common.REPEATS + 1) * one, rate)
+    model = common.prefix_vlm(place, depth)
+    processor = _processor(model)
+    picture = Image.effect_noise((640, 480), 64).convert("RGB")
+    results = []
+    for count in COUNTS:
+        questions = list(QUESTIONS[:count])
+        calls = {
+            "together": lambda questions=questions: EncodedImages(model, processor, picture).ask(questions, NEW_TOKENS),
+            "separately": lambda questions=questions: [ask(model, processor, picture, question) for question in questions],
+        }
+        seconds = alternate(calls, place.device)
+        results.append(
+            emit(
+                "questions about one image",
+                place,
+                depth=round(depth, 3),
+                questions=count,
+                new_tokens=NEW_TOKENS,
+                **{name: summary(values) for name, values in seconds.items()},
+                faster_together=ratio(seconds["separately"], seconds["together"]),
+            )
+        )
+    return results
+
+
+def ask(model, processor, picture, question: str) -> str:
+    """As README shows it."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _processor(model) -> PrefixVLMProcessor:
+    tokenizer = train_tokenizer(QUESTIONS, 600)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return PrefixVLMProcessor(siglip_image_processor(224), tokenizer, num_image_tokens=model.config.num_image_tokens)

@@ -1,0 +1,199 @@
+"""A training step on images with ragged captions, batch 4: `StageTrainer` against LLaVA under transformers' `Trainer`.
+
+Both sides train the same modules from the same samples with AdamW, in stage 1 the projector alone and in stage 2
+everything, data loading included. LLaVA reads batches padded to their longest row, as its examples do. Every run is a
+process of its own, since two models with their optimisers would not fit side by side, and the sides take turns; the memory
+is the largest of the process (of a GPU: of its tensors). `cached` is stage 1 from the second epoch on, when the frozen
+encoder's features are read from disk; stage 2 trains the encoder and cannot.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from benchmarks import common
+from benchmarks.common import Place, emit, summary
+from prefixvlm import PrefixVLMProcessor
+from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.train.collator import ConversationCollator
+from prefixvlm.train.conversation import Conversation
+from prefixvlm.train.feature_cache import FeatureCache
+from prefixvlm.train.measure import peak_memory, training_flops
+from prefixvlm.train.model_building import train_tokenizer
+from prefixvlm.train.stages import PAPER_STAGES
+from prefixvlm.train.trainer import StageTrainer
+
+BATCH = 4
+ROUNDS, STEPS = 3, 2  # each round is a process, whose first step does not count
+SIDES = {1: ("PrefixVLM", "PrefixVLM cached", "LLaVA"), 2: ("PrefixVLM", "LLaVA")}
+PICTURES, IMAGE_TOKENS = 8, 256
+BUILT_IN = Path(__file__).with_name("captions.txt")
+
+
+def run(place: Place, captions: Path = BUILT_IN) -> list[dict]:
+    rate = common.gemm_rate(place)
+    model = common.prefix_vlm(Place(torch.device("meta"), place.dtype, None))
+    # LLaVA runs its head on every token, which is about a quarter more
+    flops = sum(1.2 * _step_flops(model, stage) * len(sides) for stage, sides in SIDES.items()) * ROUNDS * (STEPS + 1)
+    depth = place.depth(flops, rate)
+    return [_stage(place, stage, depth, captions) for stage in SIDES]
+
+
+def _stage(place: Place, stage: int, depth: float, captions: Path) -> dict:
+    runs = {side: [] for side in SIDES[stage]}
+    for _ in range(ROUNDS):
+        for side, results in runs.items():
+            results.append(_process(place, side, stage, depth, captions))
+    seconds = {side: [one for result in results for one in result["seconds"]] for side, results in runs.items()}
+    memory = {side: max(result["peak_bytes"] for result in results) for side, results in runs.items()}
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    ours = runs["PrefixVLM"][0]
+    rate = max(result["gemm_rate"] for results in runs.values() for result in results)
+    return emit(
+        f"stage {stage} training step",
+        place,
+        depth=round(depth, 3),
+        batch=BATCH,
+        **{side: {**summary(seconds[side]), "peak_gib": round(memory[side] / 2**30, 2)} for side in runs},
+        faster_than_llava=round(medians["LLaVA"] / medians["PrefixVLM"], 3),
+        **({"cached_faster_than_llava": round(medians["LLaVA"] / medians["PrefixVLM cached"], 3)} if stage == 1 else {}),
+        memory_of_llava=round(memory["PrefixVLM"] / memory["LLaVA"], 3),
+        gflop_a_step=round(ours["flops"] / 1e9, 1),
+        gemm_gflops=round(rate / 1e9, 1),
+        mfu=round(ours["flops"] / medians["PrefixVLM"] / rate, 3),
+        mfu_logged_by_the_trainer=round(statistics.median(result["logged_mfu"] for result in runs["PrefixVLM"]), 3),
+        samples_per_second=round(BATCH / medians["PrefixVLM"], 3),
+    )
+
+
+def _process(place: Place, side: str, stage: int, depth: float, captions: Path) -> dict:
+    dtype = str(place.dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "benchmarks.training_step", side, str(stage), str(depth), str(place.device), dtype]
+    finished = subprocess.run([*command, str(captions)], capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"A training of {side} failed:\n{finished.stderr[-3000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def _step_flops(model, stage: int) -> float:
+    """Of a step on the captions of this folder, about."""
+    return _flops(model, stage, BATCH, BATCH * 280, BATCH * 280**2, BATCH * 24)
+
+
+def _flops(model, stage: int, images, tokens, squared_lengths, supervised) -> float:
+    trains = {module: rate > 0 for module, rate in PAPER_STAGES[stage].learning_rates.items()}
+    return training_flops(model, trains, images, tokens, squared_lengths, supervised)
+
+
+def texts(path: Path) -> list[str]:
+    """Captions of a file: one a line, or of each row of JSONL the first of its `texts`."""
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines if path.suffix == ".txt" else [json.loads(line)["texts"][0] for line in lines]
+
+
+def main() -> None:
+    """One side's run in this process; prints what it took as JSON."""
+    parser = argparse.ArgumentParser()
+    for name, kind in (
+        ("side", str),
+        ("stage", int),
+        ("depth", float),
+        ("device", str),
+        ("dtype", str),
+        ("captions", Path),
+    ):
+        parser.add_argument(name, type=kind)
+    options = parser.parse_args()
+    set_seed(0)
+    place = Place(torch.device(options.device), getattr(torch, options.dtype), None)
+    captions = texts(options.captions)
+    tokenizer = train_tokenizer(captions, 2000)
+    model = common.llava(place, options.depth) if options.side == "LLaVA" else common.prefix_vlm(place, options.depth)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    if options.side == "LLaVA":
+        model.config.image_token_index = model.config.image_token_id
+    processor = PrefixVLMProcessor(siglip_image_processor(224), tokenizer, num_image_tokens=IMAGE_TOKENS)
+    pictures = [Image.effect_noise((320, 240), 64).convert("RGB") for _ in range(PICTURES)]
+    count = BATCH * (STEPS + 1)
+    samples = [
+        Conversation([pictures[index % PICTURES]], [("assistant", captions[index % len(captions)])], f"sample {index}")
+        for index in range(count)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        result = _train(options, place, model, processor, samples, Path(folder))
+    print(json.dumps({**result, "gemm_rate": common.gemm_rate(place)}))
+
+
+def _train(options, place: Place, model, processor, samples: list[Conversation], folder: Path) -> dict:
+    clock = _Clock(place.device)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS + 1,
+        learning_rate=1e-5,
+        logging_steps=STEPS + 1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=place.device.type == "cpu",
+        disable_tqdm=True,
+    )
+    make_collator = partial(ConversationCollator, processor, "caption")
+    given = {"model": model, "args": arguments, "train_dataset": samples, "callbacks": [clock]}
+    if options.side == "LLaVA":
+        if options.stage == 1:
+            model.requires_grad_(False)
+            model.model.multi_modal_projector.requires_grad_(True)
+        trainer = Trainer(data_collator=make_collator(), **given)
+    else:
+        cache = None
+        if options.side == "PrefixVLM cached":
+            cache = FeatureCache(folder / "features", model.vision_tower, place.dtype, 2**33)
+            for start in range(0, PICTURES, BATCH):  # the first epoch
+                batch = make_collator(feature_cache=cache)(samples[start : start + BATCH])
+                cache.complete({name: tensor.to(place.device) for name, tensor in batch.items()}, model.get_vision_features)
+        stage = replace(PAPER_STAGES[options.stage], batch_size=BATCH)
+        collator = make_collator(feature_cache=cache)
+        trainer = StageTrainer(stage=stage, feature_cache=cache, data_collator=collator, **given)
+    trainer.train()
+    lengths = [len(sample) for sample in make_collator().encoded(samples)]
+    squares, words = sum(length**2 for length in lengths), sum(lengths) - len(samples) * IMAGE_TOKENS
+    counts = (value / (STEPS + 1) for value in (len(samples), sum(lengths), squares, words))
+    flops = None if options.side == "LLaVA" else _flops(model, options.stage, *counts)
+    logged = [entry["mfu"] for entry in trainer.state.log_history if "mfu" in entry]
+    return {
+        "seconds": clock.seconds,
+        "peak_bytes": peak_memory(place.device),
+        "flops": flops,
+        "logged_mfu": logged[0] if logged else None,
+    }
+
+
+class _Clock(TrainerCallback):
+    """Seconds from the end of one step to the end of the next, so with the loading of data."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.last = device, [], None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""bfloat16 products computed in float32, where the CPU has no bfloat16 arithmetic: held to plain ones."""
+
+import pytest
+import torch
+from tiny import FIRST_WORD, layout_batch, tiny_model
+from torch import nn
+
+from prefixvlm.modeling_vlm import cpu_products_prefix_vlm, loss_prefix_vlm, modeling_prefix_vlm
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import FEWEST_ROWS, Float32Products, is_slow
+
+BFLOAT16 = torch.bfloat16
+
+
+@pytest.fixture
+def slow_cpu(monkeypatch):
+    """As if this CPU had no bfloat16 arithmetic."""
+    for module in (cpu_products_prefix_vlm, modeling_prefix_vlm, loss_prefix_vlm):
+        monkeypatch.setattr(module, "is_slow", lambda tensor: tensor.dtype == BFLOAT16)
+
+
+@pytest.fixture
+def fast_cpu(monkeypatch):
+    for module in (cpu_products_prefix_vlm, modeling_prefix_vlm, loss_prefix_vlm):
+        monkeypatch.setattr(module, "is_slow", lambda tensor: False)
+
+
+def counted(monkeypatch) -> list:
+    calls = []
+    original = cpu_products_prefix_vlm._Linear.apply
+    monkeypatch.setattr(cpu_products_prefix_vlm._Linear, "apply", lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6)])
+def test_a_linear_layer_and_its_gradients_are_nearer_the_truth(shape, bias):
+    torch.manual_seed(0)
+    layer, rows = nn.Linear(6, 9, bias=bias).to(BFLOAT16), torch.randn(shape).to(BFLOAT16)
+    truth_layer, outputs = nn.Linear(6, 9, bias=bias).double(), []
+    truth_layer.load_state_dict(layer.state_dict())
+    for module, given in ((layer, rows.clone().requires_grad_()), (truth_layer, rows.double().requires_grad_())):
+        module.zero_grad()
+        with Float32Products():
+            out = module(given)
+        out.square().sum().backward()
+        outputs.append([out, given.grad, *(parameter.grad for parameter in module.parameters())])
+    for ours, truth in zip(*outputs, strict=True):
+        assert ours.dtype == BFLOAT16
+        assert (ours.double() - truth).norm() <= 0.01 * truth.norm()
+
+
+def test_a_convolution_too():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 2, stride=2).to(BFLOAT16)
+    picture = torch.randn(2, 3, 8, 8).to(BFLOAT16)
+    with Float32Products():
+        out = layer(picture)
+    assert out.dtype == BFLOAT16
+    torch.testing.assert_close(out.float(), layer.float()(picture.float()), rtol=0.01, atol=0.01)
+
+
+def test_few_rows_and_other_dtypes_are_left_alone(monkeypatch):
+    calls = counted(monkeypatch)
+    layer = nn.Linear(6, 9)
+    with Float32Products():
+        layer(torch.randn(20, 6))
+        layer.to(BFLOAT16)(torch.randn(FEWEST_ROWS - 1, 6).to(BFLOAT16))
+        assert calls == []
+        layer(torch.randn(FEWEST_ROWS, 6).to(BFLOAT16))
+    assert len(calls) == 1
+
+
+def losses(model, batch: dict, **kwargs) -> tuple:
+    model.zero_grad()
+    outputs = model(**batch, **kwargs)
+    outputs.loss.backward()
+    return outputs.loss.detach(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
+
+
+def training_batch(model) -> dict:
+    batch = layout_batch(model, ["wIwww", "Iww"], seed=1)
+    labels = batch["input_ids"].where((batch["input_ids"] >= FIRST_WORD) & batch["attention_mask"].bool(), -100)
+    return {**batch, "labels": labels}
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_the_model_trains_in_it(slow_cpu, monkeypatch, skip_logits):
+    calls = counted(monkeypatch)
+    model = tiny_model("prefix")
+    truth_loss, truth = losses(model, training_batch(model))
+    assert calls == []
+    model = model.to(BFLOAT16)
+    loss, gradients = losses(model, training_batch(model), skip_logits=skip_logits)
+    towers = model.vision_tower, model.projector, model.get_decoder()
+    linears = sum(isinstance(module, nn.Linear) for tower in towers for module in tower.modules())
+    assert len(calls) == linears + (not skip_logits)
+    torch.testing.assert_close(loss.float(), truth_loss, rtol=0.02, atol=0.02)
+    for name in ("projector.linear_1.weight", "language_model.model.layers.0.mlp.up_proj.weight"):
+        assert (gradients[name] - truth[name]).norm() <= 0.1 * truth[name].norm()
+
+
+def test_checkpointed_activations_are_computed_twice_in_the_same_way(slow_cpu):
+    model = tiny_model("prefix").to(BFLOAT16).train()
+    batch = training_batch(model)
+    expected = losses(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, gradients = losses(model, batch)
+    torch.testing.assert_close(loss, expected[0], rtol=0.03, atol=0.03)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@torch.no_grad()
+def test_a_fast_cpu_multiplies_as_it_is(fast_cpu, monkeypatch):
+    calls = counted(monkeypatch)
+    model = tiny_model("prefix").to(BFLOAT16)
+    model(**layout_batch(model, ["wIwww"], seed=1))
+    assert calls == []
+
+
+@torch.no_grad()
+def test_decoding_one_row_reads_bfloat16(slow_cpu, monkeypatch):
+    model = tiny_model("prefix").to(BFLOAT16)
+    batch = layout_batch(model, ["wIwww"], seed=1)
+    cache = model(**batch, use_cache=True).past_key_values
+    calls = counted(monkeypatch)
+    model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+    assert calls == []
+
+
+def test_what_is_slow_is_bfloat16_on_a_cpu():
+    assert not is_slow(torch.zeros(1))
+    assert is_slow(torch.zeros(1, dtype=BFLOAT16)) != torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not is_slow(torch.zeros(1, dtype=BFLOAT16, device="meta"))

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_prefix_vlm import (
@@ -32,6 +33,7 @@ from ..configuration.configuration_prefix_vlm import (
     PrefixVLMConfig,
 )
 from .cpu_products_prefix_vlm import FEWEST_ROWS, Float32Products, is_slow
+from .decoding_prefix_vlm import can_step, step
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 
@@ -344,16 +346,22 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 )
             # else one text token after all others sees them all, which is what the decoder makes of the 2D mask
 
-        with self._fast_products(inputs_embeds):
-            outputs = self.get_decoder()(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                return_dict=True,
-                **kwargs,
-            )
+        decoder = self.get_decoder()
+        further = {name: value for name, value in kwargs.items() if name != "cache_position"}
+        if length == 1 and past > 0 and can_step(decoder, inputs_embeds, attention_mask, past_key_values, further):
+            hidden_states = step(decoder, inputs_embeds, attention_mask, position_ids, past_key_values)
+            outputs = BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        else:
+            with self._fast_products(inputs_embeds):
+                outputs = decoder(
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    return_dict=True,
+                    **kwargs,
+                )
         result = PrefixVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,

@@ -32,15 +32,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (..., D) to (..., E)."""
-        flat = rows.flatten(0, -2)
+        flat = rows if rows.ndim == 2 else rows.flatten(0, -2)
         if flat.device.type == "cpu" and len(flat) <= MOST_PACKED_ROWS:
             # torch's packed product is fast for bfloat16 rows only
             out = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.weight, self.scales).to(rows.dtype)
         else:
             dtype = torch.float32 if flat.device.type == "cpu" else rows.dtype
             out = (functional.linear(flat.to(dtype), self.weight.to(dtype)) * self.scales).to(rows.dtype)
-        out = out.unflatten(0, rows.shape[:-1])
-        return out if self.bias is None else out + self.bias.to(rows.dtype)
+        if self.bias is not None:
+            out += self.bias
+        return out if rows.ndim == 2 else out.unflatten(0, rows.shape[:-1])
 
     def _save_to_state_dict(self, *args, **kwargs):
         raise ValueError("An int8 model cannot be saved; save the model that it was made of.")

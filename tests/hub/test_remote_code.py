@@ -23,6 +23,7 @@ CODE = {
     "masking_prefix_vlm.py",
     "loss_prefix_vlm.py",
     "cpu_products_prefix_vlm.py",
+    "decoding_prefix_vlm.py",
     "modeling_prefix_vlm.py",
     "processing_prefix_vlm.py",
 }

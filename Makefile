@@ -6,16 +6,22 @@ VENV = .venv$(if $(filter-out 4,$(TRANSFORMERS)),-transformers$(TRANSFORMERS))
 CONSTRAINTS = constraints-transformers$(TRANSFORMERS).txt
 PYTEST_ARGS ?= -m "not slow"
 
+# such as "--only decoding" or "--full"; python -m benchmarks --help
+BENCH_ARGS ?=
+
 # folder with the data sets of the studies (docs/EVIDENCE.md); without it only those on easy-VQA are run
 DATA ?=
 
-.PHONY: quickstart test evidence lint clean
+.PHONY: quickstart test bench evidence lint clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/prefixvlm quickstart
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 evidence: $(VENV)/installed
 	$(VENV)/bin/python -m evidence $(if $(DATA),--data $(DATA))

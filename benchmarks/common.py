@@ -24,12 +24,14 @@ from transformers import (
 )
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import is_slow
 from prefixvlm.train.measure import versions
 
 REPEATS = 5
 # products of the paper's model: encoder, projector and decoder, over one image and over a batch of four
 GEMM_SHAPES = ((256, 1152, 4304), (288, 896, 4864), (1152, 896, 4864), (1024, 1152, 4304), (2048, 2048, 2048))
 VOCABULARY, WIDTH = 151_936, 896
+REACHED = 0.65  # of that rate, over whole models, to reckon how long they take
 
 
 @dataclass
@@ -46,11 +48,11 @@ class Place:
     dtype: torch.dtype
     seconds: float | None
 
-    def depth(self, flops: float, rate: float) -> float:
-        """The share of the layers with which `flops` operations fit the time."""
+    def depth(self, flops: float, fixed: float, rate: float) -> float:
+        """The share of the layers with which `flops` operations, of which `fixed` are not the layers', fit the time."""
         if self.seconds is None:
             return 1.0
-        return min(1.0, self.seconds * rate / flops)
+        return min(1.0, max(0.0, (self.seconds * REACHED * rate - fixed) / (flops - fixed)))
 
     def __str__(self) -> str:
         return f"{device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
@@ -127,11 +129,8 @@ def gemv_bandwidth(place: Place) -> float:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the machine multiplies it as fast as float32, as GPUs and CPUs with AVX-512 BF16 or AMX do."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    rates = [gemm_rate(Place(device, dtype, None)) for dtype in (torch.bfloat16, torch.float32)]
-    return torch.bfloat16 if rates[0] >= rates[1] else torch.float32
+    """bfloat16 where the device has arithmetic for it, as GPUs and CPUs with AVX-512 BF16 or AMX do; else float32."""
+    return torch.float32 if is_slow(torch.zeros(1, dtype=torch.bfloat16, device=device)) else torch.bfloat16
 
 
 def forward_flops(

@@ -24,11 +24,13 @@ PATCHES, WORDS = 256, 32
 
 
 def run(place: Place) -> list[dict]:
-    config = common.paper_config()
     amounts = {"text tokens": TEXTS, "batch": BATCHES, "images": IMAGES}
     shapes = {name: [_shape(name, amount) for amount in values] for name, values in amounts.items()}
-    flops = sum(_flops(config, *shape) for values in shapes.values() for shape in values)
-    depth = place.depth(1.5 * flops * (ROUNDS + 1), common.gemm_rate(place))
+    whole, least = (
+        (ROUNDS + 1) * sum(_flops(common.paper_config(depth), *shape) for values in shapes.values() for shape in values)
+        for depth in (1.0, 0.0)
+    )
+    depth = place.depth(whole, least, common.gemm_rate(place))
     model = common.prefix_vlm(place, depth)
     config = model.config
     results = []

@@ -23,7 +23,8 @@ ONEVISION_TOKENS = 729 + 40 * 54 + 40
 def run(place: Place) -> list[dict]:
     rate = common.gemm_rate(place)
     full = _flops(1.0)
-    depth = place.depth(sum(full.values()) * (common.REPEATS + 1), rate)
+    rounds = common.REPEATS + 1
+    depth = place.depth(rounds * sum(full.values()), rounds * sum(_flops(0.0).values()), rate)
     calls = {}
     for name, side in SIDES.items():
         model, inputs = side(place, depth)

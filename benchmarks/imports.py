@@ -11,7 +11,6 @@ COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
     "import prefixvlm": [sys.executable, "-c", "import prefixvlm"],
     "prefixvlm --help": [sys.executable, "-m", "prefixvlm", "--help"],
-    "import transformers": [sys.executable, "-c", "import transformers"],
 }
 ASK_FOR_TORCH = "import sys, prefixvlm.cli; prefixvlm.cli.parser().format_help(); print('torch' in sys.modules)"
 

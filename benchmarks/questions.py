@@ -25,9 +25,10 @@ QUESTIONS = (
 
 def run(place: Place) -> list[dict]:
     rate = common.gemm_rate(place)
-    one = common.forward_flops(common.paper_config(), 1, 256, 256 + 32)
-    # the encoder dominates: each count asks it once more together, and as often as it has questions alone
-    depth = place.depth(sum(count + 1 for count in COUNTS) * (common.REPEATS + 1) * one, rate)
+    one, least = (common.forward_flops(common.paper_config(depth), 1, 256, 256 + 32) for depth in (1.0, 0.0))
+    # each count reads the image once together, and as often as it has questions alone
+    reads = sum(count + 1 for count in COUNTS) * (common.REPEATS + 1)
+    depth = place.depth(reads * one, reads * least, rate)
     model = common.prefix_vlm(place, depth)
     processor = _processor(model)
     picture = Image.effect_noise((640, 480), 64).convert("RGB")

@@ -35,18 +35,15 @@ from prefixvlm.train.stages import PAPER_STAGES
 from prefixvlm.train.trainer import StageTrainer
 
 BATCH = 4
-ROUNDS, STEPS = 3, 2  # each round is a process, whose first step does not count
+ROUNDS, STEPS = 2, 3  # each round is a process, whose first step does not count
 SIDES = {1: ("PrefixVLM", "PrefixVLM cached", "LLaVA"), 2: ("PrefixVLM", "LLaVA")}
 PICTURES, IMAGE_TOKENS = 8, 256
 BUILT_IN = Path(__file__).with_name("captions.txt")
 
 
 def run(place: Place, captions: Path = BUILT_IN) -> list[dict]:
-    rate = common.gemm_rate(place)
-    model = common.prefix_vlm(Place(torch.device("meta"), place.dtype, None))
-    # LLaVA runs its head on every token, which is about a quarter more
-    flops = sum(1.2 * _step_flops(model, stage) * len(sides) for stage, sides in SIDES.items()) * ROUNDS * (STEPS + 1)
-    depth = place.depth(flops, rate)
+    whole, least = (ROUNDS * (STEPS + 1) * _flops_of_all(depth) for depth in (1.0, 0.0))
+    depth = place.depth(whole, least, common.gemm_rate(place))
     return [_stage(place, stage, depth, captions) for stage in SIDES]
 
 
@@ -86,9 +83,17 @@ def _process(place: Place, side: str, stage: int, depth: float, captions: Path) 
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def _step_flops(model, stage: int) -> float:
-    """Of a step on the captions of this folder, about."""
-    return _flops(model, stage, BATCH, BATCH * 280, BATCH * 280**2, BATCH * 24)
+def _flops_of_all(depth: float) -> float:
+    """Of a step of every side in both stages on the captions of this folder, about."""
+    model = common.prefix_vlm(Place(torch.device("meta"), torch.float32, None), depth)
+    tokens, words = 280, 24
+    flops = 0.0
+    for stage, sides in SIDES.items():
+        ours = _flops(model, stage, BATCH, BATCH * tokens, BATCH * tokens**2, BATCH * words)
+        # LLaVA runs its head on every token, forward and backward
+        head = 2 * (2 + (stage == 2)) * BATCH * tokens * common.VOCABULARY * common.WIDTH
+        flops += ours * len(sides) + head
+    return flops
 
 
 def _flops(model, stage: int, images, tokens, squared_lengths, supervised) -> float:

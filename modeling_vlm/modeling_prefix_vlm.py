@@ -348,11 +348,11 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
         decoder = self.get_decoder()
         further = {name: value for name, value in kwargs.items() if name != "cache_position"}
-        if length == 1 and past > 0 and can_step(decoder, inputs_embeds, attention_mask, past_key_values, further):
-            hidden_states = step(decoder, inputs_embeds, attention_mask, position_ids, past_key_values)
-            outputs = BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-        else:
-            with self._fast_products(inputs_embeds):
+        with self._fast_products(inputs_embeds):
+            if length == 1 and past > 0 and can_step(decoder, inputs_embeds, attention_mask, past_key_values, further):
+                hidden_states = step(decoder, inputs_embeds, attention_mask, position_ids, past_key_values)
+                outputs = BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+            else:
                 outputs = decoder(
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,

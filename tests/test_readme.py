@@ -33,3 +33,10 @@ def test_the_trainer_script_fine_tunes_a_saved_model(tmp_path, monkeypatch):
     before, after = (load_file(folder / "model.safetensors") for folder in (start, Path("runs/pathvqa-plain/final")))
     assert before.keys() == after.keys()
     assert any(not after[name].equal(before[name]) for name in before)
+
+
+def test_the_questions_about_one_picture_are_answered(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((16, 16), 80).convert("RGB").save("photo.png")
+    exec(compile(block("EncodedImages"), "README.md", "exec"), {"model": tiny_model(), "processor": tiny_processor()})
+    assert len(capsys.readouterr().out.splitlines()) >= 2

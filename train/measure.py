@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import is_slow
 from prefixvlm.train.stages import MODULES
 
 # dense bfloat16 rates of the makers' data sheets, in FLOP/s; the first name found in the device's counts
@@ -105,15 +106,19 @@ def _weights(part: nn.Module, trains: bool) -> tuple[int, int]:
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     """What the device can do at most, in FLOP/s: of an NVIDIA GPU by its name, of a CPU by a matrix product timed now.
 
-    `None` for a device that is not in the list.
+    Where a CPU computes bfloat16 products in float32 (`modeling_vlm/cpu_products_prefix_vlm.py`), that is the rate. `None`
+    for a device that is not in the list.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((rate for known, rate in PEAK_RATES.items() if known in name), None)
     if device.type != "cpu":
         return None
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2))
-    fastest = min(_seconds(a, b) for _ in range(GEMM_REPEATS))
+    square = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=torch.Generator().manual_seed(0))
+    if is_slow(square.to(dtype)):
+        dtype = torch.float32
+    square = square.to(dtype)
+    fastest = min(_seconds(square, square) for _ in range(GEMM_REPEATS))
     return 2 * GEMM_SIZE**3 / fastest
 
 

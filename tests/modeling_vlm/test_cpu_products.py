@@ -118,13 +118,14 @@ def test_a_fast_cpu_multiplies_as_it_is(fast_cpu, monkeypatch):
 
 
 @torch.no_grad()
-def test_decoding_one_row_reads_bfloat16(slow_cpu, monkeypatch):
+@pytest.mark.parametrize(("rows", "converted"), [(1, False), (FEWEST_ROWS, True)])
+def test_decoding_converts_weights_for_several_rows_only(slow_cpu, monkeypatch, rows, converted):
     model = tiny_model("prefix").to(BFLOAT16)
-    batch = layout_batch(model, ["wIwww"], seed=1)
+    batch = layout_batch(model, rows * ["wIwww"], seed=1)
     cache = model(**batch, use_cache=True).past_key_values
     calls = counted(monkeypatch)
     model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
-    assert calls == []
+    assert bool(calls) == converted
 
 
 def test_what_is_slow_is_bfloat16_on_a_cpu():

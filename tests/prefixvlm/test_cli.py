@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from prefixvlm.cli import main, one_line
+from prefixvlm.int8 import Int8Linear
 from prefixvlm.train import evaluation, evaluation_sets
 
 EVALUATE = ["evaluate", "{saved}", "--output", "{saved}/evaluated", "--task"]
@@ -187,6 +188,31 @@ def test_generate_streams_an_answer(saved, capsys, prompt):
     out = capsys.readouterr().out
     assert out.strip()
     assert "<|image_pad|>" not in out
+
+
+@pytest.fixture
+def quantized(monkeypatch) -> list:
+    """The layers of 8 bits that a command makes."""
+    layers = []
+    init = Int8Linear.__init__
+    monkeypatch.setattr(Int8Linear, "__init__", lambda self, linear: layers.append(linear) or init(self, linear))
+    return layers
+
+
+def test_generate_and_evaluate_read_weights_of_8_bits(saved, tmp_path, capsys, quantized):
+    options = ["--image", str(saved / "photo.png"), "--max-new-tokens", "4", "--dtype", "bfloat16"]
+    assert main(["generate", str(saved), *options]) == 0
+    assert quantized == []
+    assert main(["generate", str(saved), *options, "--int8"]) == 0
+    layers = len(quantized)
+    assert layers > 0
+    options = ["--task", "vqa", "--data", str(saved / "rows.json"), "--output", str(tmp_path), "--max-new-tokens", "4"]
+    assert main(["evaluate", str(saved), *options, "--int8"]) == 0
+    assert len(quantized) == 2 * layers
+    assert json.loads((tmp_path / "metrics.json").read_text())["int8"] is True
+    # predictions of one kind of weights are not taken up by the other
+    assert main(["evaluate", str(saved), *options]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 class Scored:

@@ -120,6 +120,12 @@ def gemm_rate(place: Place) -> float:
     return max(rates)
 
 
+def limit_rate(place: Place) -> float:
+    """`gemm_rate`, in the dtype that our model's products are computed in."""
+    slow = is_slow(torch.zeros(1, dtype=place.dtype, device=place.device))
+    return gemm_rate(Place(place.device, torch.float32, None) if slow else place)
+
+
 def gemv_bandwidth(place: Place) -> float:
     """The most bytes a second that the product of one row with the vocabulary's matrix reads."""
     row = torch.randn(1, WIDTH, device=place.device).to(place.dtype)

@@ -31,7 +31,8 @@ def run(place: Place) -> list[dict]:
         calls[name] = lambda model=model, inputs=inputs: model.generate(**inputs, max_new_tokens=1, do_sample=False)
     with torch.inference_mode():
         seconds = alternate(calls, place.device)
-    limit = _flops(depth)["PrefixVLM"] / rate
+    limit_rate = common.limit_rate(place)
+    limit = _flops(depth)["PrefixVLM"] / limit_rate
     return [
         emit(
             "time to first token",
@@ -41,7 +42,7 @@ def run(place: Place) -> list[dict]:
             faster_than_llava=ratio(seconds["LLaVA"], seconds["PrefixVLM"]),
             faster_than_onevision=ratio(seconds["LLaVA-OneVision"], seconds["PrefixVLM"]),
             onevision_gflop_over_ours=round(full["LLaVA-OneVision"] / full["PrefixVLM"], 2),
-            gemm_gflops=round(rate / 1e9, 1),
+            gemm_gflops=round(limit_rate / 1e9, 1),
             times_the_gemm_limit=round(statistics.median(seconds["PrefixVLM"]) / limit, 3),
         )
     ]

@@ -30,7 +30,7 @@ def run(place: Place) -> list[dict]:
     reads = sum(count + 1 for count in COUNTS) * (common.REPEATS + 1)
     depth = place.depth(reads * one, reads * least, rate)
     model = common.prefix_vlm(place, depth)
-    processor = _processor(model)
+    processor = processor_for(model)
     picture = Image.effect_noise((640, 480), 64).convert("RGB")
     results = []
     for count in COUNTS:
@@ -69,7 +69,7 @@ def ask(model, processor, picture, question: str) -> str:
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _processor(model) -> PrefixVLMProcessor:
+def processor_for(model) -> PrefixVLMProcessor:
     tokenizer = train_tokenizer(QUESTIONS, 600)
     model.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return PrefixVLMProcessor(siglip_image_processor(224), tokenizer, num_image_tokens=model.config.num_image_tokens)

@@ -38,6 +38,8 @@ def claims(result: dict) -> list[tuple[str, str, str]]:
     ]
     if "amounts" in result:
         rows.append((name, f"{result['exponent']:.2f}", f"exponent; {result['marginal']:.2f} between the last two"))
+    if result["measurement"] == "input pipeline":
+        rows.append((name, f"{result['samples_per_second']:.0f}", "samples a second in one process"))
     if "prefixvlm --help" in result:
         for command in ("import prefixvlm", "prefixvlm --help"):
             rows.append(
@@ -48,7 +50,7 @@ def claims(result: dict) -> list[tuple[str, str, str]]:
 
 def table(results: list[dict]) -> str:
     """For a terminal."""
-    rows = [row for result in results for row in claims(result)]
+    rows = [row for result in results for row in claims(result)] or [("", "", "")]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

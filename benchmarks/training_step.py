@@ -69,9 +69,15 @@ def _stage(place: Place, stage: int, depth: float, captions: Path) -> dict:
         gflop_a_step=round(ours["flops"] / 1e9, 1),
         gemm_gflops=round(rate / 1e9, 1),
         mfu=round(ours["flops"] / medians["PrefixVLM"] / rate, 3),
-        mfu_logged_by_the_trainer=round(statistics.median(result["logged_mfu"] for result in runs["PrefixVLM"]), 3),
+        **_logged(runs["PrefixVLM"]),
         samples_per_second=round(BATCH / medians["PrefixVLM"], 3),
     )
+
+
+def _logged(results: list[dict]) -> dict:
+    """Nothing on a device whose rate the trainer does not know."""
+    logged = [result["logged_mfu"] for result in results if result["logged_mfu"] is not None]
+    return {"mfu_logged_by_the_trainer": round(statistics.median(logged), 3)} if logged else {}
 
 
 def _process(place: Place, side: str, stage: int, depth: float, captions: Path) -> dict:
@@ -137,7 +143,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         result = _train(options, place, model, processor, samples, Path(folder))
-    print(json.dumps({**result, "gemm_rate": common.gemm_rate(place)}))
+    print(json.dumps({**result, "gemm_rate": common.limit_rate(place)}))
 
 
 def _train(options, place: Place, model, processor, samples: list[Conversation], folder: Path) -> dict:

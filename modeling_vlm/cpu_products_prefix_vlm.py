@@ -23,7 +23,7 @@ def is_slow(tensor: torch.Tensor) -> bool:
         tensor.dtype == torch.bfloat16
         and tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 

@@ -33,9 +33,10 @@ def can_step(decoder: nn.Module, inputs_embeds: torch.Tensor, attention_mask, pa
         and decoder.config.model_type in MODEL_TYPES
         and not decoder.config.output_attentions
         and not decoder.config.output_hidden_states
+        and "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or ())
         and type(past_key_values) is DynamicCache
         and (attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.ndim == 2))
-        and not any(_has_hooks(module) for module in _modules_left_out(decoder))
+        and all(_is_as_built(module, decoder) for module in _modules_left_out(decoder))
     )
 
 
@@ -96,5 +97,7 @@ def _modules_left_out(decoder: nn.Module):
         yield from (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+def _is_as_built(module: nn.Module, decoder: nn.Module) -> bool:
+    """Of the decoder's own file, so no adapter around it, and without hooks."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    return type(module).__module__ == type(decoder).__module__ and not hooks

@@ -13,11 +13,12 @@ from .cpu_products_prefix_vlm import gradient_of_rows, gradient_of_weight, is_sl
 CHUNK_ELEMENTS = 2**25  # logits held at once; in float32 128 MiB
 
 
+@torch.compiler.disable  # every number of tokens would be compiled anew
 def head_and_loss(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor, items):
     """Cross-entropy of `head(hidden_states)` against `targets` (paper, Eq. 1), summed in float32 and divided by `items`.
 
     The gradient is made along with the loss, chunk by chunk, so neither logits nor their gradient are kept for the backward
-    pass and nothing is computed twice. It can be run backward once.
+    pass and nothing is computed twice. It can be run backward once. float16 takes the plain form.
 
     Args:
         head: the language head; see `is_plain`.
@@ -31,7 +32,10 @@ def head_and_loss(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.T
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    return _HeadAndLoss.apply(hidden_states, head.weight, head.bias, targets, items, dtype)
+    if dtype == torch.float16:  # what a loss scaler multiplies by later has to be in there when rounding, or it is lost
+        losses = nn.functional.cross_entropy(head(hidden_states).float(), targets, reduction="none")
+        return losses.sum() / items, losses.detach()
+    return _HeadAndLoss.apply(hidden_states, head.weight, head.bias, targets, items, dtype, torch.is_grad_enabled())
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -42,8 +46,9 @@ def is_plain(head: nn.Module) -> bool:
 
 class _HeadAndLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, items, dtype):
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    def forward(ctx, hidden_states, weight, bias, targets, items, dtype, with_gradient):
+        # what autograd says here is the same without gradients
+        needs_hidden, needs_weight, needs_bias = (with_gradient and needs for needs in ctx.needs_input_grad[:3])
         given = hidden_states, weight, bias
         in_float32 = is_slow(weight)
         if not in_float32:
@@ -60,7 +65,7 @@ class _HeadAndLoss(torch.autograd.Function):
             target = targets[chunk, None]
             log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
             losses[chunk] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
-            if not any(ctx.needs_input_grad):
+            if not (needs_hidden or needs_weight or needs_bias):
                 continue
             # softmax less one at the target, in the memory of the logits
             gradient = logits.sub_(log_normalizer).exp_()
@@ -88,7 +93,7 @@ class _HeadAndLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         # in place: a copy of the weight's gradient would stand where memory is at its highest
         gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _sum(total: torch.Tensor | None, chunk: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         if few or not is_slow(self.get_input_embeddings().weight):
             return nullcontext()
         # activations that are computed again in the backward pass, outside of this, have to be computed in the same way
-        return nullcontext() if torch.is_grad_enabled() and self.is_gradient_checkpointing else Float32Products()
+        wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in self.modules())  # torch's own, as for FSDP
+        recomputes = torch.is_grad_enabled() and (self.is_gradient_checkpointing or wrapped)
+        return nullcontext() if recomputes else Float32Products()
 
     def _update_causal_mask(
         self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None, cache_position=None

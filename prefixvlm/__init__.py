@@ -11,7 +11,7 @@ _HOMES = {
     "PrefixVLMProcessor": "prefixvlm.processing.processing_prefix_vlm",
     "AutoModelForVision2Seq": "prefixvlm.auto",
     "EncodedImages": "prefixvlm.encoded_images",
-    "quantize_int8": "prefixvlm.int8",
+    "quantize_int8": "prefixvlm.modeling_vlm.int8",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -172,9 +172,11 @@ def train(options) -> None:
 
 def generate(options) -> None:
     from prefixvlm.answers import stream_answer
-    from prefixvlm.int8 import quantize_int8
-    from prefixvlm.train.model_building import load
+    from prefixvlm.modeling_vlm.int8 import quantize_int8
+    from prefixvlm.train.model_building import DTYPES, load
 
+    if options.dtype not in DTYPES:
+        raise ValueError(f"--dtype is {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
     model, processor = load(options.model, options.dtype)
     if options.int8:
         quantize_int8(model)

@@ -45,15 +45,19 @@ class EncodedImages:
         """Answers one question, or several as one batch.
 
         Args:
-            generation: further arguments of `generate`; by default the search is greedy.
+            generation: further arguments of `generate`, such as `num_beams`; by default the search is greedy.
 
         Raises:
-            ValueError: for an empty list.
+            ValueError: for an empty list, or for arguments that ask for more than one text a question.
         """
         if isinstance(questions, str):
             return self.ask([questions], max_new_tokens, **generation)[0]
         if not questions:
             raise ValueError("There are no questions to answer.")
+        for name in ("num_return_sequences", "return_dict_in_generate", "generation_config"):
+            if name in generation:
+                raise ValueError(f"ask gives one text for each question; leave out {name}, or call generate yourself.")
+        generation = {"num_beams": 1, "max_new_tokens": max_new_tokens, "do_sample": False, **generation}
         rests = []
         for question in questions:
             _, ids = self._prompt(question)
@@ -69,8 +73,8 @@ class EncodedImages:
         output = self.model.generate(
             input_ids=torch.cat([self._beginning.expand(len(ids), -1), ids], dim=1),
             attention_mask=torch.cat([real.new_ones(len(ids), shared), real], dim=1),
-            past_key_values=self._copied(len(ids) * generation.get("num_beams", 1)),
-            **{"max_new_tokens": max_new_tokens, "do_sample": False, **generation},
+            past_key_values=self._copied(len(ids) * generation["num_beams"]),
+            **generation,
         )
         return self.processor.batch_decode(output[:, shared + width :], skip_special_tokens=True)
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 
 from prefixvlm.configuration.hub_export import write_atomically
-from prefixvlm.int8 import quantize_int8
+from prefixvlm.modeling_vlm.int8 import quantize_int8
 from prefixvlm.train import model_building, paper_results
 from prefixvlm.train.answering import Decoding
 from prefixvlm.train.evaluation import METRICS, PREDICTIONS, evaluate, read_predictions, scorer

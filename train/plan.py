@@ -180,11 +180,12 @@ def _measured(recipe: Recipe, model, size: DataSize, device, state_bytes: int) -
     inputs = {name: values.to(device) for name, values in _sample(model.config, size).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    head = model.get_output_embeddings().weight.shape  # of its gradient, which is kept from the forward pass on
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and tensor.shape != head:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

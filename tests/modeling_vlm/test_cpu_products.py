@@ -109,6 +109,18 @@ def test_checkpointed_activations_are_computed_twice_in_the_same_way(slow_cpu):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+def test_so_are_those_that_torch_itself_wraps(slow_cpu):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model = tiny_model("prefix").to(BFLOAT16).train()
+    batch = training_batch(model)
+    expected = losses(model, batch)
+    layers = type(model.get_decoder().layers[0])
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layers))
+    loss, _ = losses(model, batch, use_cache=False)  # else each layer would add its keys twice
+    torch.testing.assert_close(loss, expected[0], rtol=0.03, atol=0.03)
+
+
 @torch.no_grad()
 def test_a_fast_cpu_multiplies_as_it_is(fast_cpu, monkeypatch):
     calls = counted(monkeypatch)
@@ -128,7 +140,13 @@ def test_decoding_converts_weights_for_several_rows_only(slow_cpu, monkeypatch, 
     assert bool(calls) == converted
 
 
+def test_a_build_without_mkldnn_is_slow(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert is_slow(torch.zeros(1, dtype=BFLOAT16))
+
+
 def test_what_is_slow_is_bfloat16_on_a_cpu():
     assert not is_slow(torch.zeros(1))
-    assert is_slow(torch.zeros(1, dtype=BFLOAT16)) != torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert is_slow(torch.zeros(1, dtype=BFLOAT16)) != supported
     assert not is_slow(torch.zeros(1, dtype=BFLOAT16, device="meta"))

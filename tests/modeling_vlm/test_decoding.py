@@ -144,3 +144,21 @@ def test_another_kind_of_decoder_is_refused():
     good = arguments(model)
     model.get_decoder().config.model_type = "qwen3"
     assert not can_step(*good)
+
+
+@torch.no_grad()
+def test_layers_with_a_window_are_refused():
+    model = tiny_model()
+    good = arguments(model)
+    model.get_decoder().config.layer_types = ["full_attention", "sliding_attention"]
+    assert not can_step(*good)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["self_attn", "input_layernorm"])
+def test_a_module_in_place_of_its_own_is_respected(name):
+    model = tiny_model()
+    good = arguments(model)
+    layer = model.get_decoder().layers[1]
+    setattr(layer, name, torch.nn.Sequential(getattr(layer, name)))
+    assert not can_step(*good)

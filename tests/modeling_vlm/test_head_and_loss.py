@@ -129,3 +129,26 @@ def test_a_head_that_scales_takes_the_plain_form(scaling):
     assert model._has_plain_head()
     setattr(model.config.text_config, scaling, 2.0)
     assert not model._has_plain_head()
+
+
+def test_float16_keeps_what_a_loss_scaler_multiplies():
+    """Gradients far below what float16 holds, times a scale that comes after."""
+    head, hidden, targets = problem(8)
+    results = []
+    for form in (head_and_loss, plain):
+        with torch.autocast("cpu", torch.float16):
+            results.append(everything(form, head, hidden, targets, 1e6, factor=65536.0))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_makes_no_gradient(monkeypatch, mode):
+    head, hidden, targets = problem(8)
+    expected, _ = plain(head, hidden, targets, 8)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # what the gradient starts with
+    with mode():
+        loss, _ = head_and_loss(head, hidden, targets, 8)
+    torch.testing.assert_close(loss, expected.detach())
+    with pytest.raises(TypeError):
+        head_and_loss(head, hidden, targets, 8)

@@ -63,7 +63,7 @@ def test_skip_logits_changes_neither_loss_nor_gradients(model, batch):
     actual = gradients(model, **batch, skip_logits=True)
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "k_proj.bias" not in name)
     for name, gradient in expected.items():
-        difference = (actual[name] - gradient).abs().max()
+        difference = (actual[name] - gradient).abs().max()  # sums in another order, so some digits more than rounding once
         assert difference <= 1e-5 * max(1, gradient.abs().max()), f"{name} differs by {difference:.1e}"
 
 

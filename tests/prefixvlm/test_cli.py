@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from prefixvlm.cli import main, one_line
-from prefixvlm.int8 import Int8Linear
+from prefixvlm.modeling_vlm.int8 import Int8Linear
 from prefixvlm.train import evaluation, evaluation_sets
 
 EVALUATE = ["evaluate", "{saved}", "--output", "{saved}/evaluated", "--task"]

@@ -93,3 +93,17 @@ def test_a_template_with_the_question_first_is_refused():
 def test_a_bidirectional_model_is_refused():
     with pytest.raises(ValueError, match="cannot use a cache"):
         EncodedImages(tiny_model("bidirectional"), tiny_processor(), pictures(1))
+
+
+@pytest.mark.parametrize("name", ["num_return_sequences", "return_dict_in_generate", "generation_config"])
+def test_what_asks_for_more_than_a_text_is_refused(name):
+    encoded = EncodedImages(tiny_model(), tiny_processor(), pictures(1))
+    with pytest.raises(ValueError, match=name):
+        encoded.ask("red?", **{name: 2})
+
+
+def test_beams_of_the_models_own_settings_do_not_matter():
+    model, processor = tiny_model(), tiny_processor()
+    expected = EncodedImages(model, processor, pictures(1)).ask("red?", NEW_TOKENS)
+    model.generation_config.num_beams = 3
+    assert EncodedImages(model, processor, pictures(1)).ask("red?", NEW_TOKENS) == expected

@@ -14,7 +14,7 @@ MOST_PACKED_ROWS = 8  # with more, converting the weights back pays
 
 
 class Int8Linear(nn.Module):
-    """A linear layer over weights (E, D) of 8 bits and scales (E,); gradients do not pass.
+    """A linear layer over weights (E, D) of 8 bits and scales (E,).
 
     Args:
         linear: the layer it takes the place of.
@@ -35,10 +35,12 @@ class Int8Linear(nn.Module):
         flat = rows if rows.ndim == 2 else rows.flatten(0, -2)
         if flat.device.type == "cpu" and len(flat) <= MOST_PACKED_ROWS:
             # torch's packed product is fast for bfloat16 rows only
-            out = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.weight, self.scales).to(rows.dtype)
+            scales = self.scales.to(torch.bfloat16)  # as they were, if somebody has changed the model's dtype
+            out = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.weight, scales).to(rows.dtype)
         else:
             dtype = torch.float32 if flat.device.type == "cpu" else rows.dtype
-            out = (functional.linear(flat.to(dtype), self.weight.to(dtype)) * self.scales).to(rows.dtype)
+            weight = self.weight.to(dtype) * self.scales[:, None].to(dtype)
+            out = functional.linear(flat.to(dtype), weight).to(rows.dtype)
         if self.bias is not None:
             out += self.bias
         return out if rows.ndim == 2 else out.unflatten(0, rows.shape[:-1])
@@ -51,12 +53,17 @@ class Int8Linear(nn.Module):
 def quantize_int8(model):
     """Puts `Int8Linear` in the place of every linear layer of the decoder and of its head, in place; for generation only.
 
-    The embedding stays as it is: one row of it is read a token. A quantised model can be neither trained nor saved.
+    The embedding stays as it is: one row of it is read a token. A quantised model cannot be saved.
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: for a model with adapters.
     """
     decoder = model.language_model
+    if any(name.endswith("base_layer") for name, _ in decoder.named_modules()):
+        raise ValueError("The decoder has adapters; merge them into its weights before they become 8-bit integers.")
     for name, module in list(decoder.named_modules()):
         if type(module) is nn.Linear:
             parent = decoder.get_submodule(name.rpartition(".")[0])

@@ -10,7 +10,7 @@ from tiny import layout_batch, tiny_model
 from torch import nn
 
 from prefixvlm import quantize_int8
-from prefixvlm.int8 import MOST_PACKED_ROWS, Int8Linear
+from prefixvlm.modeling_vlm.int8 import MOST_PACKED_ROWS, Int8Linear
 
 
 def layer(inputs: int, outputs: int, bias: bool, seed: int) -> nn.Linear:
@@ -92,3 +92,20 @@ def test_logits_stay_near_and_generation_runs(dtype):
 def test_saving_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="cannot be saved; save the model that it was made of"):
         quantize_int8(tiny_model()).save_pretrained(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, MOST_PACKED_ROWS + 1])
+def test_the_dtype_may_change_afterwards(rows):
+    quantized = Int8Linear(layer(64, 48, bias=True, seed=1))
+    given = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2))
+    expected = quantized(given)
+    torch.testing.assert_close(quantized.double()(given.double()).float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_adapters_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    with pytest.raises(ValueError, match="merge them"):
+        quantize_int8(model.base_model.model)

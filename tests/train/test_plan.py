@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tiny import tiny_config, tiny_model, tiny_tokenizer
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
 from prefixvlm.cli import main
 from prefixvlm.train import plan as planning
-from prefixvlm.train.measure import peak_rate, training_flops
+from prefixvlm.train.measure import peak_memory, peak_rate, training_flops
 
 
 @pytest.fixture
@@ -99,3 +101,12 @@ def test_flops_of_the_paper_stage_2_are_what_six_a_weight_say():
 
 def test_a_cpu_has_a_peak_rate():
     assert peak_rate(torch.device("cpu"), torch.float32) > 1e9
+
+
+def test_peak_memory_is_this_processes_own():
+    """A process starts from nothing, however much the one that started it had used."""
+    held = torch.ones(2**28)  # 1 GiB
+    assert peak_memory(torch.device("cpu")) > held.nbytes
+    code = "import torch; from prefixvlm.train.measure import peak_memory; print(peak_memory(torch.device('cpu')))"
+    small = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(small.stdout) < held.nbytes

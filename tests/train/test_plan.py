@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,3 +111,17 @@ def test_peak_memory_is_this_processes_own():
     code = "import torch; from prefixvlm.train.measure import peak_memory; print(peak_memory(torch.device('cpu')))"
     small = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(small.stdout) < held.nbytes
+
+
+def test_activations_of_a_sample_do_not_grow_with_the_vocabulary():
+    """Neither logits nor the head's gradient, of which there is one however many samples, are a sample's own."""
+    recipe = SimpleNamespace(gradient_checkpointing=False, bf16=False)
+    size = planning.DataSize(1, 40.0, 30.0, 1.0, "")
+    kept = []
+    for vocabulary in (264, 5264):
+        config = tiny_config()
+        config.text_config.vocab_size = vocabulary
+        model = PrefixVLMForConditionalGeneration(config)
+        kept.append(planning._measured(recipe, model, size, torch.device("cpu"), 0).activation_bytes)
+    assert kept[0] == kept[1]
+    assert kept[0] > 10_000

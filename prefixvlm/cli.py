@@ -1,6 +1,7 @@
 """The command line. Only what a command needs is imported, so that --help answers at once."""
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -23,7 +24,21 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"prefixvlm {options.command}: stopped.", file=sys.stderr)
         return 130
+    finally:
+        leave_process_group()
     return 0
+
+
+def leave_process_group() -> None:
+    """Ends the threads of a group of processes, if there is one, so that none wakes in an interpreter that is going away.
+
+    Gloo's threads hold tensors, and giving one back then aborts the process. They end with the last reference to the group,
+    and trainers, which lie in cycles, hold some.
+    """
+    torch = sys.modules.get("torch")  # commands that do not load it have no group
+    if torch and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def one_line(error: Exception) -> str:
@@ -144,8 +159,6 @@ def quickstart(options) -> None:
 
 
 def train(options) -> None:
-    import torch
-
     from prefixvlm.train.plan import plan
     from prefixvlm.train.recipe import load_recipe
     from prefixvlm.train.run import run_recipe
@@ -160,14 +173,10 @@ def train(options) -> None:
             raise ValueError(f"--max-steps is {options.max_steps}; it must be positive.")
         for stage in recipe.stages.values():
             stage.max_steps = options.max_steps
-    try:
-        if options.dry_run:
-            print(plan(recipe, stages, options.random_init))
-        else:
-            print(f"Saved to {run_recipe(recipe, stages, options.resume, options.random_init)}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    if options.dry_run:
+        print(plan(recipe, stages, options.random_init))
+    else:
+        print(f"Saved to {run_recipe(recipe, stages, options.resume, options.random_init)}")
 
 
 def generate(options) -> None:
@@ -186,15 +195,9 @@ def generate(options) -> None:
 
 
 def evaluate(options) -> None:
-    import torch
-
     from prefixvlm.train.evaluation_runs import run_evaluation
 
-    try:
-        run_evaluation(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    run_evaluation(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
 
 
 def text_loss(options) -> None:

@@ -29,7 +29,7 @@ def pair():
     # hidden_states[-1] of SigLIP is taken before post_layernorm on 4.x and 5.x alike, while our features are the paper's
     # normed last hidden state; so LLaVA is handed that state where it looks for the features
     llava.model.vision_tower.register_forward_hook(normed_features)
-    llava.generation_config.suppress_tokens = [config.image_token_id]  # as ours does
+    llava.generation_config.bad_words_ids = [[config.image_token_id]]  # as ours does
 
     model = PrefixVLMForConditionalGeneration(config).eval()
     model.vision_tower.load_state_dict(with_level(llava.model.vision_tower.state_dict()))

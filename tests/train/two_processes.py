@@ -10,6 +10,7 @@ tells it, at the one point where it asks, that this is a run on several GPUs; al
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -83,5 +84,8 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+deadline = time.monotonic() + 10  # the system lists a thread for a moment after its end
+while threads_of_gloo() and time.monotonic() < deadline:
+    time.sleep(0.01)
 assert not threads_of_gloo()
 sys.exit(code)

@@ -85,13 +85,18 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def alternate(calls: dict[str, Callable], device: torch.device, repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each call over `repeats` rounds in which they take turns, after one round that does not count."""
+    """Seconds of each call over `repeats` rounds in which they take turns, after one round that does not count.
+
+    Every second round goes backwards, or one side would always find what the largest has left of the caches and the memory.
+    """
     for call in calls.values():
         call()
     seconds = {name: [] for name in calls}
+    order = list(calls)
     for _ in range(repeats):
-        for name, call in calls.items():
-            seconds[name].append(seconds_of(call, device))
+        for name in order:
+            seconds[name].append(seconds_of(calls[name], device))
+        order.reverse()
     return seconds
 
 

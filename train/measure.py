@@ -38,7 +38,7 @@ PEAK_RATES = {
     "RTX 3090": 71e12,
 }
 GEMM_SIZE = 1024
-GEMM_REPEATS = 5
+GEMM_REPEATS = 20
 
 
 def training_flops(

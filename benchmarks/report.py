@@ -31,7 +31,7 @@ def claims(result: dict) -> list[tuple[str, str, str]]:
     if "faster_together" in result:
         name += f", {result['questions']} asked"
     if result.get("depth", 1) < 1:
-        name += f" ({result['depth']:.0%} of the layers)"
+        name += f" ({_share(result['depth'])})"
     rows = [(name, f"{result[key]:.2f}", words) for key, words in CLAIMS.items() if key in result]
     rows += [
         (name, f"{rate:.0f}", f"times what the {stage} takes") for stage, rate in result.get("over_training", {}).items()
@@ -84,7 +84,6 @@ def _section(results: list[dict]) -> str:
 
 def _title(result: dict) -> str:
     extras = {
-        "depth": "{:.0%} of the layers",
         "questions": "{} questions",
         "gflop_a_step": "{:,.0f} GFLOP",
         "gemm_gflops": "matrix products reach {:,.0f} GFLOP/s",
@@ -92,7 +91,13 @@ def _title(result: dict) -> str:
         "gemv_gb_per_second": "one row times a matrix reads {:.1f} GB/s",
     }
     known = [words.format(result[key]) for key, words in extras.items() if key in result]
+    if "depth" in result:
+        known.insert(0, _share(result["depth"]))
     return f"{result['measurement'].capitalize()} ({'; '.join([*known, result['where']])})"
+
+
+def _share(depth: float) -> str:
+    return f"{depth:.0%} of the layers" if depth else "one layer"
 
 
 def _range(values: dict) -> str:

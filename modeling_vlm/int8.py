@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 MOST_PACKED_ROWS = 8  # with more, converting the weights back pays
+PACKED_WIDTH = 16  # torch reads beyond the end of other widths where the CPU has AVX-512, and may end the process
 
 
 class Int8Linear(nn.Module):
@@ -33,7 +34,7 @@ class Int8Linear(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (..., D) to (..., E)."""
         flat = rows if rows.ndim == 2 else rows.flatten(0, -2)
-        if flat.device.type == "cpu" and len(flat) <= MOST_PACKED_ROWS:
+        if flat.device.type == "cpu" and len(flat) <= MOST_PACKED_ROWS and self.in_features % PACKED_WIDTH == 0:
             # torch's packed product is fast for bfloat16 rows only
             scales = self.scales.to(torch.bfloat16)  # as they were, if somebody has changed the model's dtype
             out = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.weight, scales).to(rows.dtype)

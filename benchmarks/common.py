@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import is_slow
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import OneRowProducts, is_slow
 from prefixvlm.train.measure import versions
 
 REPEATS = 5
@@ -132,10 +133,13 @@ def limit_rate(place: Place) -> float:
 
 
 def gemv_bandwidth(place: Place) -> float:
-    """The most bytes a second that the product of one row with the vocabulary's matrix reads."""
+    """The most bytes a second that the product of one row with the vocabulary's matrix reads, as torch is or without oneDNN."""
     row = torch.randn(1, WIDTH, device=place.device).to(place.dtype)
     matrix = torch.randn(VOCABULARY, WIDTH, device=place.device).to(place.dtype)
-    seconds = [seconds_of(lambda: functional.linear(row, matrix), place.device) for _ in range(2 * REPEATS)]
+    seconds = []
+    for context in (nullcontext(), OneRowProducts()):
+        with context:
+            seconds += [seconds_of(lambda: functional.linear(row, matrix), place.device) for _ in range(2 * REPEATS)]
     return matrix.numel() * matrix.element_size() / min(seconds)
 
 

@@ -99,5 +99,5 @@ def _modules_left_out(decoder: nn.Module):
 
 def _is_as_built(module: nn.Module, decoder: nn.Module) -> bool:
     """Of the decoder's own file, so no adapter around it, and without hooks."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    hooks = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module)
     return type(module).__module__ == type(decoder).__module__ and not hooks

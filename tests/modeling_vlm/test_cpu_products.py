@@ -6,7 +6,7 @@ from tiny import FIRST_WORD, layout_batch, tiny_model
 from torch import nn
 
 from prefixvlm.modeling_vlm import cpu_products_prefix_vlm, loss_prefix_vlm, modeling_prefix_vlm
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import FEWEST_ROWS, Float32Products, is_slow
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import FEWEST_ROWS, Float32Products, OneRowProducts, is_slow
 
 BFLOAT16 = torch.bfloat16
 
@@ -138,6 +138,37 @@ def test_decoding_converts_weights_for_several_rows_only(slow_cpu, monkeypatch, 
     calls = counted(monkeypatch)
     model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
     assert bool(calls) == converted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "rows", "alone"), [(BFLOAT16, 1, True), (BFLOAT16, 2, False), (torch.float32, 1, False)])
+def test_torch_itself_multiplies_a_single_bfloat16_row(fast_cpu, monkeypatch, dtype, rows, alone):
+    model = tiny_model("prefix").to(dtype)
+    batch = layout_batch(model, rows * ["wIwww"], seed=1)
+    cache = model(**batch, use_cache=True).past_key_values
+    before, seen, linear = torch.backends.mkldnn.enabled, [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: seen.append(torch.backends.mkldnn.enabled) or linear(*args))
+    model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+    assert len(seen) == sum(isinstance(module, nn.Linear) for module in model.language_model.modules())
+    assert set(seen) == {before and not alone}
+    assert torch.backends.mkldnn.enabled == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_onednn_is_left_as_it_was(enabled):
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        with pytest.raises(ZeroDivisionError), OneRowProducts():
+            assert not torch.backends.mkldnn.enabled
+            1 / 0  # noqa: B018
+        assert torch.backends.mkldnn.enabled == enabled
+
+
+def test_a_single_row_is_multiplied_in_float32_and_rounded_once():
+    layer, row = nn.Linear(896, 300).to(BFLOAT16), torch.randn(1, 896, generator=torch.Generator().manual_seed(0)).to(BFLOAT16)
+    with OneRowProducts():
+        out = layer(row)
+    truth = layer.double()(row.double())
+    assert (out - truth).norm() <= 0.004 * truth.norm()
 
 
 def test_a_build_without_mkldnn_is_slow(monkeypatch):

@@ -133,7 +133,7 @@ def limit_rate(place: Place) -> float:
 
 
 def gemv_bandwidth(place: Place) -> float:
-    """The most bytes a second that the product of one row with the vocabulary's matrix reads, as torch is or without oneDNN."""
+    """The most bytes a second that the product of one row with the vocabulary's matrix reads, with oneDNN or without."""
     row = torch.randn(1, WIDTH, device=place.device).to(place.dtype)
     matrix = torch.randn(VOCABULARY, WIDTH, device=place.device).to(place.dtype)
     seconds = []

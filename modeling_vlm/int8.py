@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .cpu_products_prefix_vlm import is_slow
+
 MOST_PACKED_ROWS = 8  # with more, converting the weights back pays
 PACKED_WIDTH = 16  # torch reads beyond the end of other widths where the CPU has AVX-512, and may end the process
 
@@ -39,9 +41,10 @@ class Int8Linear(nn.Module):
             scales = self.scales.to(torch.bfloat16)  # as they were, if somebody has changed the model's dtype
             out = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.weight, scales).to(rows.dtype)
         else:
-            dtype = torch.float32 if flat.device.type == "cpu" else rows.dtype
-            weight = self.weight.to(dtype) * self.scales[:, None].to(dtype)
-            out = functional.linear(flat.to(dtype), weight).to(rows.dtype)
+            # integers of 8 bits are exact in bfloat16; float16 would overflow before they are scaled
+            dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and not is_slow(rows) else torch.float32
+            out = functional.linear(flat.to(dtype), self.weight.to(dtype))
+            out = (out * self.scales.to(dtype)).to(rows.dtype)
         if self.bias is not None:
             out += self.bias
         return out if rows.ndim == 2 else out.unflatten(0, rows.shape[:-1])

@@ -67,6 +67,22 @@ def test_few_and_many_rows_are_multiplied_alike(shape, bias, dtype, odd):
     assert (actual.float() - expected).norm() <= 0.01 * expected.norm()
 
 
+@torch.no_grad()
+def test_many_rows_lose_nothing_but_the_last_bits_of_what_they_are_kept_in():
+    quantized = Int8Linear(layer(896, 48, bias=False, seed=1))
+    rows = torch.randn(MOST_PACKED_ROWS + 1, 896, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    expected = rows.double() @ (quantized.weight * quantized.scales.double()[:, None]).T
+    assert (quantized(rows) - expected).norm() <= 0.003 * expected.norm()
+
+
+@torch.no_grad()
+def test_float16_does_not_overflow_before_it_is_scaled():
+    linear = layer(896, 48, bias=False, seed=1)
+    rows = 200 * torch.randn(MOST_PACKED_ROWS + 1, 896, generator=torch.Generator().manual_seed(2))
+    out = Int8Linear(linear)(rows.half())
+    assert (out.float() - linear(rows)).norm() <= 0.02 * linear(rows).norm()
+
+
 def test_only_the_decoder_and_its_head_are_replaced():
     model = tiny_model()
     embedding = model.get_input_embeddings().weight.clone()

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import OneRowProducts, is_slow
-from prefixvlm.train.measure import versions
+from prefixvlm.inference.environment import versions
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import OneRowProducts, bf16_is_emulated
 
 REPEATS = 5
 # products of the paper's model: encoder, projector and decoder, over one image and over a batch of four
@@ -128,7 +128,7 @@ def gemm_rate(place: Place) -> float:
 
 def limit_rate(place: Place) -> float:
     """`gemm_rate`, in the dtype that our model's products are computed in."""
-    slow = is_slow(torch.zeros(1, dtype=place.dtype, device=place.device))
+    slow = bf16_is_emulated(torch.zeros(1, dtype=place.dtype, device=place.device))
     return gemm_rate(Place(place.device, torch.float32, None) if slow else place)
 
 
@@ -145,7 +145,7 @@ def gemv_bandwidth(place: Place) -> float:
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device has arithmetic for it, as GPUs and CPUs with AVX-512 BF16 or AMX do; else float32."""
-    return torch.float32 if is_slow(torch.zeros(1, dtype=torch.bfloat16, device=device)) else torch.bfloat16
+    return torch.float32 if bf16_is_emulated(torch.zeros(1, dtype=torch.bfloat16, device=device)) else torch.bfloat16
 
 
 def forward_flops(

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Place, alternate, emit, ratio, summary
-from prefixvlm.modeling_vlm.int8 import quantize_int8
+from prefixvlm.inference.int8 import quantize_int8
 
 NEW_TOKENS = 16
 PATCHES, TEXT_TOKENS = 256, 32

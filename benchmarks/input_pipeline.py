@@ -13,9 +13,9 @@ from benchmarks.common import REPEATS, Place, alternate, emit, summary
 from benchmarks.training_step import BATCH, BUILT_IN, texts
 from prefixvlm import PrefixVLMProcessor
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
-from prefixvlm.train.collator import ConversationCollator
-from prefixvlm.train.conversation import Conversation
-from prefixvlm.train.model_building import train_tokenizer
+from prefixvlm.train.data.collator import ConversationCollator
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.training.starting_model import train_tokenizer
 
 SAMPLES = 64
 PICTURE = (640, 480)

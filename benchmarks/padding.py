@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from prefixvlm import PrefixVLMProcessor
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
-from prefixvlm.train import data
-from prefixvlm.train.collator import ConversationCollator
-from prefixvlm.train.conversation import Conversation
-from prefixvlm.train.order import EpochSampler, OrderedSamples
-from prefixvlm.train.packing import pack
+from prefixvlm.train.data.collator import ConversationCollator
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.order import EpochSampler, OrderedSamples
+from prefixvlm.train.data.packing import pack
+from prefixvlm.train.data.sources import load as load_samples
 
 IMAGE_SIDE, IMAGE_TOKENS = 16, 256
 
@@ -32,10 +32,23 @@ def main() -> None:
     options = parser.parse_args()
     text_format = "caption" if options.source in ("captions", "karpathy") else "conversation"
     lengths = sample_lengths(options, text_format)
-    for name, grouped, row_length in (("plain", False, 0), ("grouped", True, 0), ("packed", False, options.row_length)):
-        share, widest = real_share(lengths, options.batch, grouped, row_length)
+    for name, grouped, max_tokens_per_row in (
+        ("plain", False, 0),
+        ("grouped", True, 0),
+        ("packed", False, options.max_tokens_per_row),
+    ):
+        share, widest = real_share(lengths, options.batch, grouped, max_tokens_per_row)
         line = {"data": options.path, "samples": len(lengths), "layout": name, "batch": options.batch}
-        print(json.dumps({**line, "row_length": row_length, "widest_row": widest, "real_token_share": round(share, 4)}))
+        print(
+            json.dumps(
+                {
+                    **line,
+                    "max_tokens_per_row": max_tokens_per_row,
+                    "widest_row": widest,
+                    "real_token_share": round(share, 4),
+                }
+            )
+        )
 
 
 def sample_lengths(options, text_format: str) -> list[int]:
@@ -44,21 +57,21 @@ def sample_lengths(options, text_format: str) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     processor = PrefixVLMProcessor(image_processor, tokenizer, num_image_tokens=IMAGE_TOKENS)
     collator = ConversationCollator(processor, text_format)
-    samples = data.load(options.source, path=options.path)
+    samples = load_samples(options.source, path=options.path)
     dot = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE))
     loaded = [samples[index] for index in range(len(samples))]
     loaded = [Conversation([dot] * len(sample.images), sample.turns, sample.name) for sample in loaded]
     return [len(sample) for sample in collator.encoded(loaded)]
 
 
-def real_share(lengths: list[int], batch: int, grouped: bool, row_length: int) -> tuple[float, int]:
+def real_share(lengths: list[int], batch: int, grouped: bool, max_tokens_per_row: int) -> tuple[float, int]:
     """The share of real tokens of an epoch in all slots of its batches, and the widest row."""
     samples = OrderedSamples(lengths, list(range(len(lengths))), lengths if grouped else None, seed=0)
     order = [index for _, index, _ in EpochSampler(samples, batch, multiple=1)]
     slots, widest = 0, 0
     for start in range(0, len(order), batch):
         chosen = [lengths[index] for index in order[start : start + batch]]
-        rows = pack(chosen, row_length) if row_length else [[index] for index in range(len(chosen))]
+        rows = pack(chosen, max_tokens_per_row) if max_tokens_per_row else [[index] for index in range(len(chosen))]
         width = max(sum(chosen[index] for index in row) for row in rows)
         slots, widest = slots + width * len(rows), max(widest, width)
     return sum(lengths) / slots, widest

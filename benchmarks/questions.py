@@ -7,7 +7,7 @@ from benchmarks import common
 from benchmarks.common import Place, alternate, emit, ratio, summary
 from prefixvlm import EncodedImages, PrefixVLMProcessor
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
-from prefixvlm.train.model_building import train_tokenizer
+from prefixvlm.train.training.starting_model import train_tokenizer
 
 COUNTS = (1, 2, 4, 8)
 NEW_TOKENS = 8

@@ -26,13 +26,13 @@ from benchmarks import common
 from benchmarks.common import Place, emit, summary
 from prefixvlm import PrefixVLMProcessor
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
-from prefixvlm.train.collator import ConversationCollator
-from prefixvlm.train.conversation import Conversation
-from prefixvlm.train.feature_cache import FeatureCache
-from prefixvlm.train.measure import peak_memory, training_flops
-from prefixvlm.train.model_building import train_tokenizer
-from prefixvlm.train.stages import PAPER_STAGES
-from prefixvlm.train.trainer import StageTrainer
+from prefixvlm.train.data.collator import ConversationCollator
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.feature_cache import FeatureCache
+from prefixvlm.train.recipes.stages import PAPER_STAGES
+from prefixvlm.train.training.cost import peak_memory, training_flops
+from prefixvlm.train.training.starting_model import train_tokenizer
+from prefixvlm.train.training.trainer import StageTrainer
 
 BATCH = 4
 ROUNDS, STEPS = 2, 3  # each round is a process, whose first step does not count

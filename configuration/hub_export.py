@@ -6,10 +6,11 @@ imports are rewritten on the way: `from ..configuration.configuration_prefix_vlm
 """
 
 import ast
-import os
 import re
 from importlib import resources
 from pathlib import Path
+
+from .writing import write_atomically
 
 PACKAGE = __name__.split(".", 1)[0]
 ENTRY_MODULES = (
@@ -48,13 +49,6 @@ def export_code(folder) -> list[str]:
                 source += f"from .{names[other]} import __name__ as _{names[other]}  # noqa: E402, F401\n"
         write_atomically(Path(folder, f"{names[module]}.py"), source)
     return sorted(f"{name}.py" for name in names.values())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that appears under its name only when complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _flatten(module: str) -> tuple[str, list[str]]:

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from evidence import report, studies
-from evidence.studies import Place
+from evidence.studies import Workspace
 
 
-def phases(place: Place, seeds: range) -> list[dict]:
+def phases(workspace: Workspace, seeds: range) -> list[dict]:
     """All jobs by name; those of a phase need only what earlier phases left."""
-    given = place.given is not None
+    given = workspace.given is not None
     backbones = {"backbones/easy": studies.easy_backbones}
     trainings = {
         f"easy/{mode}/{seed}": partial(studies.easy, mode=mode, seed=seed)
@@ -55,19 +55,19 @@ def phases(place: Place, seeds: range) -> list[dict]:
     return [{"data": studies.prepare}, backbones, trainings, after]
 
 
-def result_file(place: Place, name: str) -> Path:
-    return place.output / "results" / f"{name}.json"
+def result_file(workspace: Workspace, name: str) -> Path:
+    return workspace.output / "results" / f"{name}.json"
 
 
-def run_job(place: Place, seeds: range, name: str) -> None:
+def run_job(workspace: Workspace, seeds: range, name: str) -> None:
     """Runs one job here and leaves its result."""
-    jobs = {known: job for phase in phases(place, seeds) for known, job in phase.items()}
+    jobs = {known: job for phase in phases(workspace, seeds) for known, job in phase.items()}
     if name not in jobs:
         raise ValueError(f"There is no job {name}; there are {', '.join(jobs)}.")
     started = time.perf_counter()
-    result = jobs[name](place)
+    result = jobs[name](workspace)
     result["job_seconds"] = round(time.perf_counter() - started, 1)
-    file = result_file(place, name)
+    file = result_file(workspace, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial_file = file.with_suffix(".partial")
     partial_file.write_text(json.dumps(result, indent=1))
@@ -96,7 +96,7 @@ def main() -> int:
     options.add_argument("--job", help="run this job alone, here")
     options.add_argument("--report", type=Path, default=Path("docs/EVIDENCE.md"), help="default: docs/EVIDENCE.md")
     options = options.parse_args()
-    place, seeds = Place(options.data, options.output), range(options.seeds)
+    workspace, seeds = Workspace(options.data, options.output), range(options.seeds)
     if options.data is not None and not (options.data / "ucm_captions").is_dir():
         print(
             f"python -m evidence: {options.data} has no folder ucm_captions; leave --data out to do without.",
@@ -107,7 +107,7 @@ def main() -> int:
         print("python -m evidence: intervals need --seeds of at least 2, and --workers at least 1.", file=sys.stderr)
         return 2
     if options.job:
-        run_job(place, seeds, options.job)
+        run_job(workspace, seeds, options.job)
         return 0
     logs = options.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,8 @@ def main() -> int:
     if not options.data:
         print("Without --data only the studies on easy-VQA are run.")
     started = time.perf_counter()
-    for phase in phases(place, seeds):
-        waiting = [name for name in phase if not result_file(place, name).exists()]
+    for phase in phases(workspace, seeds):
+        waiting = [name for name in phase if not result_file(workspace, name).exists()]
         with ThreadPoolExecutor(options.workers) as pool:
             failed = [name for name in pool.map(partial(start, command, logs), waiting) if name]
         if failed:
@@ -127,7 +127,9 @@ def main() -> int:
     seconds = time.perf_counter() - started + (json.loads(elapsed.read_text()) if elapsed.exists() else 0.0)
     elapsed.write_text(json.dumps(seconds))
     print(f"All jobs done in {seconds / 60:.1f} minutes.")
-    results = {name: json.loads(result_file(place, name).read_text()) for phase in phases(place, seeds) for name in phase}
+    results = {
+        name: json.loads(result_file(workspace, name).read_text()) for phase in phases(workspace, seeds) for name in phase
+    }
     command = "make evidence DATA=folder" if options.data else "make evidence"
     report.write(results, options.report, seconds / 60, command)
     print(f"Wrote {options.report}")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 from evidence.data import SIZE
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
-from prefixvlm.train.model_building import train_tokenizer
+from prefixvlm.train.training.starting_model import train_tokenizer
 
 VISION = {
     "hidden_size": 96,

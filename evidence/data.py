@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from prefixvlm.train import easy_vqa
+from prefixvlm.train.data import easy_vqa
 
 SIZE = 48  # pixels a side: 36 patches, so that five seeds of every arm fit into an hour
 DESCRIBE, WHAT = "Describe the image.", "What does it show?"

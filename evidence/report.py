@@ -11,7 +11,7 @@ import transformers
 
 from evidence import backbones, studies
 from evidence.statistics import Difference, difference, mean
-from prefixvlm.train.figures import save
+from prefixvlm.train.evaluation.figures import save
 
 ARM_NAMES = {
     "prefix": "prefix",

@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 
 from evidence import backbones, data
+from prefixvlm.inference.loading import load
 from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
-from prefixvlm.train import text_loss
-from prefixvlm.train.answering import answer
-from prefixvlm.train.collator import ConversationCollator
-from prefixvlm.train.conversation import Conversation
-from prefixvlm.train.data import load as load_samples
-from prefixvlm.train.measure import training_flops
-from prefixvlm.train.metrics.coco_caption.scores import caption_scores
-from prefixvlm.train.metrics.vqa.scores import vqa_scores
-from prefixvlm.train.model_building import load
-from prefixvlm.train.recipe import parse_recipe
-from prefixvlm.train.run import RECORD, run_recipe, stage_folder
+from prefixvlm.train.data.collator import ConversationCollator
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.sources import load as load_samples
+from prefixvlm.train.evaluation import text_loss
+from prefixvlm.train.evaluation.answering import answer
+from prefixvlm.train.evaluation.metrics.coco_caption.scores import caption_scores
+from prefixvlm.train.evaluation.metrics.vqa.scores import vqa_scores
+from prefixvlm.train.recipes.schema import parse_recipe
+from prefixvlm.train.training.cost import training_flops
+from prefixvlm.train.training.run import RECORD, run_recipe, stage_folder
 
 SEEDS = range(5)
 BATCH = 32
@@ -51,7 +51,7 @@ DECODERS = ("neutral", "human", "both")
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where everything is: the data that was given, and the folder that all results go to."""
 
     given: Path | None
@@ -73,50 +73,52 @@ class Place:
         return [text for row in rows if row.get("split", "train") == "train" for text in row[key]]
 
 
-def prepare(place: Place) -> dict:
+def prepare(workspace: Workspace) -> dict:
     """Makes the small pictures and the rows of all data sets."""
-    data.prepare_easy_vqa(place.data / "easy")
-    if place.given:
-        data.prepare_ucm(place.given / "ucm_captions", place.data / "ucm")
-        data.prepare_coco(place.given / "coco_photos", place.data / "coco")
-        data.prepare_texts(place.given / "human_vs_machine_text", place.data / "texts")
+    data.prepare_easy_vqa(workspace.data / "easy")
+    if workspace.given:
+        data.prepare_ucm(workspace.given / "ucm_captions", workspace.data / "ucm")
+        data.prepare_coco(workspace.given / "coco_photos", workspace.data / "coco")
+        data.prepare_texts(workspace.given / "human_vs_machine_text", workspace.data / "texts")
     return {}
 
 
-def ucm_backbones(place: Place) -> dict:
+def ucm_backbones(workspace: Workspace) -> dict:
     """Encoder and decoder from the training split of UCM captions."""
-    rows = [row for row in data.lines(place.data / "ucm" / "captions.jsonl") if row["split"] == "train"]
+    rows = [row for row in data.lines(workspace.data / "ucm" / "captions.jsonl") if row["split"] == "train"]
     texts = [text for row in rows for text in row["texts"]]
     tokenizer = backbones.tokenizer_of([*texts, data.DESCRIBE, data.WHAT], 600)
-    pairs = [(place.data / "ucm" / row["image"], row["texts"]) for row in rows]
-    backbones.train_encoder(pairs, tokenizer, 500, 0, place.backbone("ucm-encoder"), turn=True)
-    return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 150, 0, place.backbone("ucm-decoder"))}
+    pairs = [(workspace.data / "ucm" / row["image"], row["texts"]) for row in rows]
+    backbones.train_encoder(pairs, tokenizer, 500, 0, workspace.backbone("ucm-encoder"), turn=True)
+    return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 150, 0, workspace.backbone("ucm-decoder"))}
 
 
-def easy_backbones(place: Place) -> dict:
+def easy_backbones(workspace: Workspace) -> dict:
     """Encoder from easy-VQA's training pictures and captions, decoder from these and the questions with their answers."""
-    rows = data.lines(place.data / "easy" / "captions-train.jsonl")
+    rows = data.lines(workspace.data / "easy" / "captions-train.jsonl")
     captions = [text for row in rows for text in row["texts"]]
     said = []
-    for row in data.lines(place.data / "easy" / "conversations-train.jsonl"):
+    for row in data.lines(workspace.data / "easy" / "conversations-train.jsonl"):
         turns = [turn["value"] for turn in row["conversations"]]
         said += [f"{question} {reply}" for question, reply in zip(turns[::2], turns[1::2], strict=True)]
     tokenizer = backbones.tokenizer_of([*captions, *said, "first: second:"], 512)
-    pairs = [(place.data / "easy" / row["image"], row["texts"]) for row in rows]
-    backbones.train_encoder(pairs, tokenizer, 300, 0, place.backbone("easy-encoder"), turn=True)
-    return {"decoder_loss": backbones.train_decoder(captions * 2 + said, tokenizer, 150, 0, place.backbone("easy-decoder"))}
+    pairs = [(workspace.data / "easy" / row["image"], row["texts"]) for row in rows]
+    backbones.train_encoder(pairs, tokenizer, 300, 0, workspace.backbone("easy-encoder"), turn=True)
+    return {
+        "decoder_loss": backbones.train_decoder(captions * 2 + said, tokenizer, 150, 0, workspace.backbone("easy-decoder"))
+    }
 
 
-def text_decoder(place: Place, kind: str) -> dict:
+def text_decoder(workspace: Workspace, kind: str) -> dict:
     """A decoder for the comparison of texts: of `neutral` prose, of captions by `human`s, or of captions by `both`."""
     if kind == "neutral":
         texts, vocabulary = data.neutral_texts(), 2000
     else:
-        human, machine = (place.texts("texts/coco-train.jsonl", key) for key in ("human", "machine"))
+        human, machine = (workspace.texts("texts/coco-train.jsonl", key) for key in ("human", "machine"))
         texts = human if kind == "human" else human + machine[: len(human)]
         vocabulary = 1000
     tokenizer = backbones.tokenizer_of(texts, vocabulary)
-    return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 250, 0, place.backbone(f"text-{kind}"))}
+    return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 250, 0, workspace.backbone(f"text-{kind}"))}
 
 
 def stage(source: dict, steps: int, rates: dict, **changes) -> dict:
@@ -158,20 +160,20 @@ def operations(output: Path, folder: Path, recipe) -> float:
     return total
 
 
-def from_backbones(place: Place, encoder: str, decoder: str) -> dict:
+def from_backbones(workspace: Workspace, encoder: str, decoder: str) -> dict:
     """The `model` part of a recipe."""
     return {
-        "vision": str(place.backbone(encoder)),
-        "text": str(place.backbone(decoder)),
+        "vision": str(workspace.backbone(encoder)),
+        "text": str(workspace.backbone(decoder)),
         "config": {"projector_hidden_size": 384},
     }
 
 
-def ucm(place: Place, arm: str, seed: int, mode: str | None = None) -> dict:
+def ucm(workspace: Workspace, arm: str, seed: int, mode: str | None = None) -> dict:
     """An arm on UCM captions: CIDEr and BLEU-4 of greedy captions of the test split, and how often the class is right."""
     own_mode, steps = UCM_ARMS[arm]
     mode = mode or own_mode
-    folder = place.data / "ucm"
+    folder = workspace.data / "ucm"
     captions = {"source": "captions", "path": str(folder / "captions.jsonl")}
     talks = {"source": "llava", "path": str(folder / "conversations.jsonl")}
     if len(steps) == 1:  # what the four stages see, in the same shares
@@ -184,11 +186,11 @@ def ucm(place: Place, arm: str, seed: int, mode: str | None = None) -> dict:
         2: stage(captions, steps.get(2, 1), EVERYTHING, attention_mode=mode),
         3: stage(talks, steps[3], EVERYTHING, attention_mode=mode),
     }
-    output = place.run("ucm", mode if mode != own_mode else arm, seed)
+    output = workspace.run("ucm", mode if mode != own_mode else arm, seed)
     last, result = train(
         output,
         seed,
-        from_backbones(place, "ucm-encoder", "ucm-decoder"),
+        from_backbones(workspace, "ucm-encoder", "ucm-decoder"),
         {number: settings for number, settings in stages.items() if number in steps},
     )
     model, processor = load(str(last))
@@ -209,21 +211,21 @@ def ucm(place: Place, arm: str, seed: int, mode: str | None = None) -> dict:
     }
 
 
-def easy(place: Place, mode: str, seed: int) -> dict:
+def easy(workspace: Workspace, mode: str, seed: int) -> dict:
     """The four stages on easy-VQA under one mask: accuracy of greedy answers to test questions."""
-    folder = place.data / "easy"
+    folder = workspace.data / "easy"
     captions = {"source": "captions", "path": str(folder / "captions-train.jsonl")}
     talks = {"source": "llava", "path": str(folder / "conversations-train.jsonl")}
     faster = EVERYTHING | {"language_model_lr": 3e-3}
-    small = {"batch_size": 8, "device_batch_size": 8, "row_length": 512}
+    small = {"batch_size": 8, "device_batch_size": 8, "max_tokens_per_row": 512}
     stages = {
         0: stage(captions, EASY_STEPS[0], PROJECTOR_ONLY),
         1: stage(captions, EASY_STEPS[1], PROJECTOR_ONLY, attention_mode=mode),
         2: stage(captions, EASY_STEPS[2], EVERYTHING, attention_mode=mode),
         3: stage(talks, EASY_STEPS[3], faster, attention_mode=mode, **small),
     }
-    model = from_backbones(place, "easy-encoder", "easy-decoder")
-    last, result = train(place.run("easy", mode, seed), seed, model, stages)
+    model = from_backbones(workspace, "easy-encoder", "easy-decoder")
+    last, result = train(workspace.run("easy", mode, seed), seed, model, stages)
     questions = []
     for row in data.lines(folder / "conversations-test.jsonl"):
         turns = [turn["value"] for turn in row["conversations"]]
@@ -232,14 +234,14 @@ def easy(place: Place, mode: str, seed: int) -> dict:
     return result | _accuracies(last, folder, [questions[int(index * step)] for index in range(EASY_QUESTIONS)])
 
 
-def pairs(place: Place, mode: str, seed: int) -> dict:
+def pairs(workspace: Workspace, mode: str, seed: int) -> dict:
     """Questions about one of two pictures, from what `easy` left after stage 2 under the same kind of mask."""
-    folder = place.data / "easy"
-    start = stage_folder(place.run("easy", "causal" if mode == "causal" else "prefix", seed), 2)
+    folder = workspace.data / "easy"
+    start = stage_folder(workspace.run("easy", "causal" if mode == "causal" else "prefix", seed), 2)
     source = {"source": "vqa", "path": str(folder / "pairs-train.jsonl")}
     rates = EVERYTHING | {"language_model_lr": 3e-3}
     last, result = train(
-        place.run("pairs", mode, seed),
+        workspace.run("pairs", mode, seed),
         seed,
         {"start": str(start)},
         {3: stage(source, PAIR_STEPS, rates, attention_mode=mode)},
@@ -256,20 +258,20 @@ def _accuracies(last: Path, folder: Path, questions: list[tuple[list[str], str, 
     return {f"{name}_accuracy": 100 * scores[name] for name in ("overall", "yes_no", "open")}
 
 
-def noise(place: Place, level: float, trained: str, seed: int) -> dict:
+def noise(workspace: Workspace, level: float, trained: str, seed: int) -> dict:
     """Stage 0 with a share of noise; then the loss on held-out captions where the token asked for can be seen, where it is
     noise, and under the prefix mask of the later stages.
 
     Args:
         trained: `projector`, as in the paper, or `everything`, which could learn to copy.
     """
-    folder = place.data / "ucm"
+    folder = workspace.data / "ucm"
     captions = {"source": "captions", "path": str(folder / "captions.jsonl")}
     rates = PROJECTOR_ONLY if trained == "projector" else EVERYTHING
     last, result = train(
-        place.run("noise", trained, level, seed),
+        workspace.run("noise", trained, level, seed),
         seed,
-        from_backbones(place, "ucm-encoder", "ucm-decoder"),
+        from_backbones(workspace, "ucm-encoder", "ucm-decoder"),
         {0: stage(captions, NOISE_STEPS, rates, noise=level)},
     )
     model, processor = load(str(last))
@@ -298,18 +300,18 @@ def _caption_losses(model, processor, samples: list, noise: float) -> tuple[floa
     return tuple(total / count if count else None for total, count in sums.values())
 
 
-def coco(place: Place, writer: str, seed: int) -> dict:
+def coco(workspace: Workspace, writer: str, seed: int) -> dict:
     """How fast a captioner learns what `human`s or `machine`s say of the same photos: stages 1 and 2."""
     source = {
         "source": "captions",
-        "path": str(place.data / "coco" / "captions.jsonl"),
+        "path": str(workspace.data / "coco" / "captions.jsonl"),
         "split": "val2017",
         "texts": writer,
     }
     _, result = train(
-        place.run("coco", writer, seed),
+        workspace.run("coco", writer, seed),
         seed,
-        from_backbones(place, "ucm-encoder", "text-both"),
+        from_backbones(workspace, "ucm-encoder", "text-both"),
         {
             1: stage(source, COCO_STEPS[1], PROJECTOR_ONLY),
             2: stage(source, COCO_STEPS[2], EVERYTHING),
@@ -320,11 +322,11 @@ def coco(place: Place, writer: str, seed: int) -> dict:
     return result | {"first_loss": first[0], "last_loss": sum(last) / len(last)}
 
 
-def texts(place: Place, decoder: str) -> dict:
+def texts(workspace: Workspace, decoder: str) -> dict:
     """`prefixvlm text-loss` on human and machine texts, side by side."""
     reports = {}
     for name in TEXT_SETS if decoder == "neutral" else TEXT_SETS[:1]:
-        file = place.data / "texts" / f"{name}.jsonl"
+        file = workspace.data / "texts" / f"{name}.jsonl"
         sets = [f"{writer}={file}:{writer}" for writer in ("human", "machine")]
-        reports[name] = text_loss.compare(str(place.backbone(f"text-{decoder}")), sets, max_tokens=backbones.ROW)
+        reports[name] = text_loss.compare(str(workspace.backbone(f"text-{decoder}")), sets, max_tokens=backbones.ROW)
     return {"reports": reports}

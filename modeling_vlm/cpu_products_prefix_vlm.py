@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-FEWEST_ROWS = 4  # below, converting the weights takes longer than it saves
+MIN_ROWS = 4  # below, converting the weights takes longer than it saves
 CHUNK_ELEMENTS = 2**20  # of a weight converted at once: 4 MiB, so that they are still in the cache when multiplied
 
 
-def is_slow(tensor: torch.Tensor) -> bool:
+def bf16_is_emulated(tensor: torch.Tensor) -> bool:
     """Whether products of this tensor's dtype are better computed in float32 on its device."""
     return (
         tensor.dtype == torch.bfloat16
@@ -60,7 +60,7 @@ class Float32Products(TorchFunctionMode):
 
 def _is_large(rows, weight) -> bool:
     is_plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    return is_plain and rows.dtype == weight.dtype == torch.bfloat16 and rows.numel() >= FEWEST_ROWS * rows.shape[-1]
+    return is_plain and rows.dtype == weight.dtype == torch.bfloat16 and rows.numel() >= MIN_ROWS * rows.shape[-1]
 
 
 class _Linear(torch.autograd.Function):

@@ -8,7 +8,7 @@ Shapes: N supervised tokens, D width of the language model, V vocabulary.
 import torch
 from torch import nn
 
-from .cpu_products_prefix_vlm import gradient_of_rows, gradient_of_weight, is_slow, product
+from .cpu_products_prefix_vlm import bf16_is_emulated, gradient_of_rows, gradient_of_weight, product
 
 CHUNK_ELEMENTS = 2**25  # logits held at once; in float32 128 MiB
 
@@ -50,7 +50,7 @@ class _HeadAndLoss(torch.autograd.Function):
         # what autograd says here is the same without gradients
         needs_hidden, needs_weight, needs_bias = (with_gradient and needs for needs in ctx.needs_input_grad[:3])
         given = hidden_states, weight, bias
-        in_float32 = is_slow(weight)
+        in_float32 = bf16_is_emulated(weight)
         if not in_float32:
             weight, hidden_states = weight.to(dtype), hidden_states.to(dtype)
             bias = None if bias is None else bias.to(dtype)

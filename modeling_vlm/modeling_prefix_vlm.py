@@ -32,7 +32,7 @@ from ..configuration.configuration_prefix_vlm import (
     TURN_START_TOKEN,
     PrefixVLMConfig,
 )
-from .cpu_products_prefix_vlm import FEWEST_ROWS, Float32Products, OneRowProducts, is_slow
+from .cpu_products_prefix_vlm import MIN_ROWS, Float32Products, OneRowProducts, bf16_is_emulated
 from .decoding_prefix_vlm import can_step, step
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
@@ -214,7 +214,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         count = rows.shape[:-1].numel()
         if count == 1 and rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
             return OneRowProducts()
-        if count < FEWEST_ROWS or not is_slow(self.get_input_embeddings().weight):
+        if count < MIN_ROWS or not bf16_is_emulated(self.get_input_embeddings().weight):
             return nullcontext()
         # activations that are computed again in the backward pass, outside of this, have to be computed in the same way
         wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in self.modules())  # torch's own, as for FSDP

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import common
 from benchmarks.common import Place, alternate, forward_flops
 from benchmarks.cost import exponent
-from prefixvlm.train.measure import training_flops
-from prefixvlm.train.stages import PAPER_STAGES
+from prefixvlm.train.recipes.stages import PAPER_STAGES
+from prefixvlm.train.training.cost import training_flops
 
 CPU = Place(torch.device("cpu"), torch.float32, None)
 

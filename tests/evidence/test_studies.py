@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from evidence import backbones, studies
-from evidence.studies import Place
-from prefixvlm.train import easy_vqa
+from evidence.studies import Workspace
+from prefixvlm.train.data import easy_vqa
 
 TWO_STEPS = {0: 1, 1: 1, 2: 1, 3: 2}
 ARMS = {"prefix": ("prefix", TWO_STEPS), "causal": ("causal", TWO_STEPS), "single-stage": ("prefix", {3: 2})}
@@ -26,7 +26,7 @@ def pictures(folder, count: int) -> list[str]:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Place:
+def workspace(tmp_path, monkeypatch) -> Workspace:
     """Data of the forms that the studies read, of a few rows each, and studies of a few steps."""
     given = tmp_path / "given"
     said = ["There is a piece of farmland .", "Many houses stand near a road ."]
@@ -68,36 +68,36 @@ def place(tmp_path, monkeypatch) -> Place:
 
     monkeypatch.setattr(backbones, "train_encoder", short_encoder)
     monkeypatch.setattr(backbones, "train_decoder", short_decoder)
-    found = Place(given, tmp_path / "out")
+    found = Workspace(given, tmp_path / "out")
     studies.prepare(found)
     return found
 
 
 @pytest.mark.slow
-def test_every_study_runs(place):
-    studies.ucm_backbones(place)
-    studies.easy_backbones(place)
+def test_every_study_runs(workspace):
+    studies.ucm_backbones(workspace)
+    studies.easy_backbones(workspace)
     for kind in studies.DECODERS:
-        studies.text_decoder(place, kind)
+        studies.text_decoder(workspace, kind)
 
     for arm in ARMS:
-        result = studies.ucm(place, arm, seed=0)
+        result = studies.ucm(workspace, arm, seed=0)
         assert result["CIDEr"] >= 0
         assert result["teraflops"] > 0
         assert set(result["losses"]) == set(ARMS[arm][1])
-    same = studies.ucm(place, "prefix", seed=0, mode="prefix_all_images")
-    assert same["weights_sha256"] == studies.ucm(place, "prefix", seed=0)["weights_sha256"]
-    assert same["weights_sha256"] != studies.ucm(place, "causal", seed=0)["weights_sha256"]
+    same = studies.ucm(workspace, "prefix", seed=0, mode="prefix_all_images")
+    assert same["weights_sha256"] == studies.ucm(workspace, "prefix", seed=0)["weights_sha256"]
+    assert same["weights_sha256"] != studies.ucm(workspace, "causal", seed=0)["weights_sha256"]
 
     for mode in ("prefix", "causal"):
-        assert 0 <= studies.easy(place, mode, seed=0)["overall_accuracy"] <= 100
-    pairs = [studies.pairs(place, mode, seed=0) for mode in ("prefix", "causal", "prefix_all_images")]
+        assert 0 <= studies.easy(workspace, mode, seed=0)["overall_accuracy"] <= 100
+    pairs = [studies.pairs(workspace, mode, seed=0) for mode in ("prefix", "causal", "prefix_all_images")]
     assert len({one["weights_sha256"] for one in pairs}) == 3
 
-    noised = studies.noise(place, 0.4, "projector", seed=0)
+    noised = studies.noise(workspace, 0.4, "projector", seed=0)
     assert noised["target_visible"] != noised["target_noised"]
-    assert studies.noise(place, 0.0, "everything", seed=0)["prefix_mask"] > 0
-    assert studies.coco(place, "machine", seed=0)["last_loss"] < studies.coco(place, "human", seed=0)["first_loss"]
-    reports = studies.texts(place, "neutral")["reports"]
+    assert studies.noise(workspace, 0.0, "everything", seed=0)["prefix_mask"] > 0
+    assert studies.coco(workspace, "machine", seed=0)["last_loss"] < studies.coco(workspace, "human", seed=0)["first_loss"]
+    reports = studies.texts(workspace, "neutral")["reports"]
     assert set(reports) == set(studies.TEXT_SETS)
     assert reports["coco"]["pairs"][0]["rows"] == 4

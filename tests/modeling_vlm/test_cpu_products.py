@@ -6,7 +6,7 @@ from tiny import FIRST_WORD, layout_batch, tiny_model
 from torch import nn
 
 from prefixvlm.modeling_vlm import cpu_products_prefix_vlm, loss_prefix_vlm, modeling_prefix_vlm
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import FEWEST_ROWS, Float32Products, OneRowProducts, is_slow
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import MIN_ROWS, Float32Products, OneRowProducts, bf16_is_emulated
 
 BFLOAT16 = torch.bfloat16
 
@@ -15,13 +15,13 @@ BFLOAT16 = torch.bfloat16
 def slow_cpu(monkeypatch):
     """As if this CPU had no bfloat16 arithmetic."""
     for module in (cpu_products_prefix_vlm, modeling_prefix_vlm, loss_prefix_vlm):
-        monkeypatch.setattr(module, "is_slow", lambda tensor: tensor.dtype == BFLOAT16)
+        monkeypatch.setattr(module, "bf16_is_emulated", lambda tensor: tensor.dtype == BFLOAT16)
 
 
 @pytest.fixture
 def fast_cpu(monkeypatch):
     for module in (cpu_products_prefix_vlm, modeling_prefix_vlm, loss_prefix_vlm):
-        monkeypatch.setattr(module, "is_slow", lambda tensor: False)
+        monkeypatch.setattr(module, "bf16_is_emulated", lambda tensor: False)
 
 
 def counted(monkeypatch) -> list:
@@ -64,9 +64,9 @@ def test_few_rows_and_other_dtypes_are_left_alone(monkeypatch):
     layer = nn.Linear(6, 9)
     with Float32Products():
         layer(torch.randn(20, 6))
-        layer.to(BFLOAT16)(torch.randn(FEWEST_ROWS - 1, 6).to(BFLOAT16))
+        layer.to(BFLOAT16)(torch.randn(MIN_ROWS - 1, 6).to(BFLOAT16))
         assert calls == []
-        layer(torch.randn(FEWEST_ROWS, 6).to(BFLOAT16))
+        layer(torch.randn(MIN_ROWS, 6).to(BFLOAT16))
     assert len(calls) == 1
 
 
@@ -130,7 +130,7 @@ def test_a_fast_cpu_multiplies_as_it_is(fast_cpu, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "converted"), [(1, False), (FEWEST_ROWS, True)])
+@pytest.mark.parametrize(("rows", "converted"), [(1, False), (MIN_ROWS, True)])
 def test_decoding_converts_weights_for_several_rows_only(slow_cpu, monkeypatch, rows, converted):
     model = tiny_model("prefix").to(BFLOAT16)
     batch = layout_batch(model, rows * ["wIwww"], seed=1)
@@ -173,11 +173,11 @@ def test_a_single_row_is_multiplied_in_float32_and_rounded_once():
 
 def test_a_build_without_mkldnn_is_slow(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert is_slow(torch.zeros(1, dtype=BFLOAT16))
+    assert bf16_is_emulated(torch.zeros(1, dtype=BFLOAT16))
 
 
 def test_what_is_slow_is_bfloat16_on_a_cpu():
-    assert not is_slow(torch.zeros(1))
+    assert not bf16_is_emulated(torch.zeros(1))
     supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert is_slow(torch.zeros(1, dtype=BFLOAT16)) != supported
-    assert not is_slow(torch.zeros(1, dtype=BFLOAT16, device="meta"))
+    assert bf16_is_emulated(torch.zeros(1, dtype=BFLOAT16)) != supported
+    assert not bf16_is_emulated(torch.zeros(1, dtype=BFLOAT16, device="meta"))

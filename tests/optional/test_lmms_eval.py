@@ -8,14 +8,14 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from tiny import tiny_model, tiny_processor
 
-from prefixvlm.train.answering import answer
-from prefixvlm.train.conversation import Conversation
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.evaluation.answering import answer
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; see docs/LMMS_EVAL.md")
 from lmms_eval import evaluator
 from lmms_eval.tasks import TaskManager
 
-from prefixvlm.train.lmms_eval import NAME, register
+from prefixvlm.train.evaluation.lmms_eval import NAME, register
 
 MAX_NEW_TOKENS = 6
 QUESTIONS = ["which colour is it?", "which?", "a much longer question, so that the others are padded?", "and so?", "why?"]

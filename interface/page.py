@@ -1,0 +1,36 @@
+"""A web page that answers questions about pictures."""
+
+from prefixvlm.inference.asking import stream_answer
+from prefixvlm.inference.loading import load
+
+MAX_NEW_TOKENS = 256
+
+
+def page(name: str):
+    """The gradio page for a saved model.
+
+    Raises:
+        ValueError: if there is no such model, or gradio is missing.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("The web page needs gradio; run: pip install 'prefixvlm[demo]'") from error
+    model, processor = load(name)
+
+    def reply(image, question):
+        if image is None:
+            raise gradio.Error("Choose a picture first.")
+        answer = ""
+        for piece in stream_answer(model, processor, image, question.strip(), MAX_NEW_TOKENS):
+            answer += piece
+            yield answer
+
+    return gradio.Interface(
+        reply,
+        inputs=[gradio.Image(type="pil", label="Picture"), gradio.Textbox(label="Question (leave empty for a caption)")],
+        outputs=gradio.Textbox(label="Answer"),
+        title="PrefixVLM",
+        description=f"{name}: {model.num_parameters():,} parameters",
+        flagging_mode="never",
+    )

@@ -1,0 +1,185 @@
+"""Test sets are read whole or not at all, and what is wrong with one is said in a sentence."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from prefixvlm.train.evaluation import tasks
+from prefixvlm.train.evaluation.tasks import TASKS, load_examples
+
+
+def saved(folder, rows, name="rows.json"):
+    path = folder / name
+    if name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def karpathy(tests=3, others=2):
+    rows = [
+        {
+            "filename": f"{number}.jpg",
+            "split": "test" if number < tests else "val",
+            "sentences": [{"raw": f" said {number} "}],
+        }
+        for number in range(tests + others)
+    ]
+    return {"images": rows, "dataset": "flickr8k"}
+
+
+def coco(captions=("a", "b")):
+    annotations = [{"image_id": 7, "caption": caption} for caption in captions]
+    return {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": annotations}
+
+
+def asked(example):
+    return example.question.images, example.question.turns, example.references
+
+
+@pytest.fixture
+def small_splits(monkeypatch):
+    for task in ("flickr8k", "coco"):
+        monkeypatch.setitem(tasks.TASKS, task, replace(TASKS[task], rows=3))
+
+
+@pytest.mark.parametrize(("task", "rows"), [("flickr8k", 1000), ("flickr30k", 1000), ("coco", 5000)])
+def test_published_splits_have_their_published_size(task, rows, tmp_path):
+    assert len(load_examples(task, saved(tmp_path, karpathy(rows)))) == rows
+    with pytest.raises(ValueError, match=rf"{rows - 1:,} test images where Karpathy's test split of {task} has {rows:,}"):
+        load_examples(task, saved(tmp_path, karpathy(rows - 1)))
+
+
+def test_karpathys_test_split_alone_is_read_with_images_beside_it(small_splits, tmp_path):
+    examples = load_examples("flickr8k", saved(tmp_path, karpathy()))
+    assert [asked(one) for one in examples] == [
+        ([str(tmp_path / f"{number}.jpg")], [("user", "")], [f"said {number}"]) for number in range(3)
+    ]
+
+
+def test_coco_images_lie_in_folders_of_their_own(small_splits, tmp_path):
+    rows = karpathy()
+    for row in rows["images"]:
+        row["filepath"] = "val2014"
+    (tmp_path / "pictures").mkdir()
+    first, *_ = load_examples("coco", saved(tmp_path, rows), str(tmp_path / "pictures"))
+    assert first.question.images == [str(tmp_path / "pictures" / "val2014" / "0.jpg")]
+
+
+def test_another_split_has_another_size(small_splits, tmp_path):
+    assert len(load_examples("flickr8k", saved(tmp_path, karpathy()), split="val")) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_captions_of_any_file(name, tmp_path):
+    rows = [{"image": "a.png", "said": ["one", "two"]}, {"image": ["b.png", "c.png"], "said": "three"}]
+    first, second = load_examples("captions", saved(tmp_path, rows, name), texts="said")
+    assert asked(first) == ([str(tmp_path / "a.png")], [("user", "")], ["one", "two"])
+    assert asked(second) == ([str(tmp_path / "b.png"), str(tmp_path / "c.png")], [("user", "")], ["three"])
+    assert first.question.name == f"{tmp_path / name}, row 1"
+
+
+def test_a_prompt_asks_for_captions(tmp_path):
+    (example,) = load_examples("captions", saved(tmp_path, [{"image": "a.png", "texts": "one"}]), prompt="Describe it.")
+    assert example.question.turns == [("user", "Describe it.")]
+
+
+def test_cocos_own_captions_file(tmp_path):
+    (example,) = load_examples("captions", saved(tmp_path, coco()), str(tmp_path / "val2014"))
+    assert asked(example) == ([str(tmp_path / "val2014" / "7.jpg")], [("user", "")], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "references"),
+    [
+        ("yes", ["yes"]),
+        (["left", "left lung"], ["left", "left lung"]),
+        ([{"answer": str(person), "answer_id": person} for person in range(10)], [str(person) for person in range(10)]),
+    ],
+    ids=["one", "several", "of ten people"],
+)
+def test_answers_in_all_their_forms(answer, references, tmp_path):
+    rows = [{"image": "a.png", "q": "<image>\nwhat?", "a": answer}]
+    (example,) = load_examples("vqa", saved(tmp_path, rows), question="q", answer="a")
+    assert asked(example) == ([str(tmp_path / "a.png")], [("user", "what?")], references)
+
+
+def test_easy_vqa_is_asked_question_by_question():
+    examples = load_examples("easy_vqa")
+    assert len(examples) == 9673
+    assert all(len(one.question.turns) == len(one.references) == 1 for one in examples)
+
+
+GOOD = {"image": "a.png", "question": "what?", "answer": "that", "texts": ["one"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "says"),
+    [
+        ("captions", {"texts": None}, "`texts` must be a text or a list of texts"),
+        ("captions", {"texts": []}, "`texts` must be"),
+        ("captions", {"texts": ["one", " "]}, "a caption is empty"),
+        ("captions", {"texts": ["one", 7]}, "a text was expected, not 7"),
+        ("captions", {"image": None}, "there is no image"),
+        ("captions", {"image": "../a.png"}, "lies outside"),
+        ("vqa", {"question": " "}, "`question` must be a text"),
+        ("vqa", {"question": "<image>"}, "`question` must be a text"),
+        ("vqa", {"question": None}, "`question` must be a text, not None"),
+        ("vqa", {"answer": None}, "`answer` must be a text, or a list of texts, not None"),
+        ("vqa", {"answer": []}, "`answer` must be"),
+        ("vqa", {"answer": ["yes", ""]}, "`answer` must be"),
+        ("vqa", {"answer": [{"said": "yes"}]}, "`answer` must be"),
+        ("vqa", {"images": [], "image": None}, "there is no image"),
+    ],
+)
+def test_a_bad_row_is_named(task, change, says, tmp_path):
+    path = saved(tmp_path, [GOOD, GOOD | change])
+    with pytest.raises(ValueError, match="a test set must be whole") as caught:
+        load_examples(task, path)
+    assert str(caught.value).startswith(f"{path}, row 2: ")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (coco(["a", " "]), "image 7: a caption is empty"),
+        (coco([]), "with a caption for each image"),
+        (coco() | {"images": []}, "has no rows"),
+        (coco() | {"images": [{"id": 7}]}, "COCO's form is"),
+        (coco() | {"images": [{"id": 7, "file_name": None}]}, "image 7: there is no image"),
+        (coco() | {"images": [{"id": 7, "file_name": "../7.jpg"}]}, "image 7: the image ../7.jpg lies outside"),
+        (coco() | {"images": None}, "COCO's form is"),
+        (coco() | {"annotations": [{"image_id": 7, "caption": None}]}, "COCO's form is"),
+    ],
+)
+def test_a_bad_file_of_cocos_form_is_named(content, says, tmp_path):
+    path = saved(tmp_path, content)
+    with pytest.raises(ValueError, match=r"rows\.json") as caught:
+        load_examples("captions", path)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "says"),
+    [
+        ("captoins", {}, "There is no task 'captoins'; choose one of captions, vqa"),
+        ("captions", {}, "The task captions needs --data"),
+        ("captions", {"path": "gone.json"}, "gone.json: there is no such file"),
+        ("captions", {"path": "{rows}", "split": "val"}, "'split': 'val'"),
+        ("captions", {"path": "{rows}", "images": "gone"}, "gone: there is no such folder"),
+        ("captions", {"path": "{rows}", "answer": "a"}, "no key for --answer"),
+        ("flickr8k", {"path": "{rows}"}, "expected a list of objects under 'images'"),
+        ("flickr8k", {"path": "{rows}", "texts": "a"}, "no key for --texts"),
+        ("vqa", {"path": "{rows}", "prompt": "what?"}, "--prompt is for captions"),
+        ("easy_vqa", {"path": "{rows}"}, "brings its own data"),
+        ("easy_vqa", {"split": "val"}, "easy-VQA has no split 'val'"),
+    ],
+)
+def test_what_cannot_be_asked_for(task, options, says, tmp_path):
+    rows = saved(tmp_path, [GOOD | {"split": "test"}])
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        load_examples(task, **{name: value.format(rows=rows) for name, value in options.items()})
+    assert says in str(caught.value)

@@ -1,0 +1,104 @@
+"""A recipe from end to end, on a tiny model: stages build on each other, and a failure leaves nothing half-written."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from small_recipe import SMALL
+
+from prefixvlm.train.recipes.schema import load_recipe
+from prefixvlm.train.recipes.stages import MODULES
+from prefixvlm.train.training import run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "output": str(tmp_path / "out")}))
+    return load_recipe(str(path), ["logging_steps=1"])
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_stages_build_on_each_other(recipe, tmp_path):
+    last = run.run_recipe(recipe)
+    output = tmp_path / "out"
+    assert last == output / "stage-3"
+    assert sorted(path.name for path in output.iterdir()) == [f"stage-{number}" for number in range(4)]
+    for number in range(4):
+        folder = output / f"stage-{number}"
+        history = json.loads((folder / "history.json").read_text())
+        losses = [entry for entry in history if "loss" in entry]
+        assert len(losses) == 2
+        assert ("loss_noised" in losses[0]) == (number == 0)
+        assert (folder / "loss.png").stat().st_size > 1000
+        assert (folder / "skipped.jsonl").read_text() == ""
+        record = json.loads((folder / "run.json").read_text())
+        assert record["samples"] == {"read": 1000, "used": 1000, "skipped": 0}
+        assert record["versions"]["torch"] == torch.__version__
+        assert record["settings"]["stage"]["stage"]["number"] == number
+        assert {"command", "seed", "device", "data_fingerprint", "seconds", "steps"} <= record.keys()
+        config = json.loads((folder / "config.json").read_text())
+        assert config["attention_mode"] == ("prefix" if number else "bidirectional")
+        for name in (
+            "README.md",
+            "chat_template.jinja",
+            "modeling_prefix_vlm.py",
+            "preprocessor_config.json",
+            "tokenizer.json",
+        ):
+            assert (folder / name).is_file()
+    first, second, third = (weights(output / f"stage-{number}") for number in range(3))
+    for name, weight in second.items():
+        if not name.startswith("projector."):  # frozen in stage 1
+            assert weight.equal(first[name]), name
+    for module in MODULES:
+        assert any(not third[name].equal(second[name]) for name in third if name.startswith(module))
+
+
+def test_one_stage_alone_continues_and_repeats_bit_for_bit(recipe, tmp_path):
+    output = tmp_path / "out"
+    run.run_recipe(recipe, [0, 1])
+    together = weights(output / "stage-1")
+    run.run_recipe(recipe, [1])
+    alone = weights(output / "stage-1")
+    assert together.keys() == alone.keys()
+    assert not any(name.endswith(".partial") for name in map(str, output.iterdir()))
+    run.run_recipe(recipe, [1])
+    assert all(weight.equal(alone[name]) for name, weight in weights(output / "stage-1").items())
+
+
+def test_missing_predecessor_and_stage(recipe):
+    with pytest.raises(ValueError, match=r"Stage 2 starts from .*stage-1, which does not exist; train stage 1 first"):
+        run.run_recipe(recipe, [2])
+    with pytest.raises(ValueError, match="no stage 7"):
+        run.run_recipe(recipe, [7])
+
+
+def test_a_failed_stage_keeps_the_old_output(recipe, tmp_path, monkeypatch):
+    run.run_recipe(recipe, [0])
+    before = weights(tmp_path / "out" / "stage-0")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(run.figures, "save_loss_curve", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.run_recipe(recipe, [0])
+    assert all(weight.equal(before[name]) for name, weight in weights(tmp_path / "out" / "stage-0").items())
+
+
+def test_batch_that_cannot_be_cut(recipe):
+    recipe.stages[0].device_batch_size = 3
+    with pytest.raises(ValueError, match="a batch of 4 cannot be cut into device batches of 3"):
+        run.run_recipe(recipe, [0])
+
+
+def test_several_gpus_need_a_process_each(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"This machine has 3 GPUs; start one process for each"):
+        run.training_arguments(recipe.stages[0], recipe, "out")

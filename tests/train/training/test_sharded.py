@@ -1,0 +1,160 @@
+"""What several processes share out: the weights under FSDP, the samples of a stream, the batches of an epoch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from small_recipe import SMALL
+from tiny import tiny_model
+from torch.utils.data import BatchSampler, DataLoader
+
+import prefixvlm.train.recipes.schema
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.order import EpochSampler, OrderedSamples, StreamedSamples
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+CONFIGS = Path(prefixvlm.train.recipes.schema.__file__).with_name("recipes") / "accelerate"
+KINDS = {
+    "ddp": DistributedType.MULTI_GPU,
+    "fsdp2": DistributedType.FSDP,
+    "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
+}
+LOAD = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+
+for folder in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.")
+    torch.save(model.state_dict(), f"{folder}/loaded.pt")
+"""
+
+
+def run(*arguments, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1] / "helpers"), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_sharded(*arguments):
+    config = ["--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    run("-m", "accelerate.commands.launch", *config, SCRIPT, *arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What one process leaves that trains three steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", SCRIPT, "steps", folder, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The same from two processes with a shard each."""
+    folder = tmp_path_factory.mktemp("sharded")
+    run_sharded("steps", folder, 2)
+    return folder
+
+
+def test_two_shards_equal_one_process(whole, sharded):
+    one, two = (json.loads((folder / "history.json").read_text()) for folder in (whole, sharded))
+    assert len(one) == 3
+    for entry, other in zip(one, two, strict=True):
+        norms = [name for name in entry if name.startswith("grad_norm")]
+        assert len(norms) == 4
+        for name in ("loss", *norms):
+            assert other[name] == pytest.approx(entry[name], rel=2e-5), name
+
+
+@pytest.fixture(scope="module")
+def loaded(sharded, tmp_path_factory):
+    """The weights that a process without this package finds in what was saved."""
+    folders = {name: sharded / name for name in ("checkpoint-2", "final")}
+    run("-c", LOAD, *folders.values(), HF_MODULES_CACHE=str(tmp_path_factory.mktemp("modules")))
+    return {name: torch.load(folder / "loaded.pt") for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "final"])
+def test_what_shards_save_loads_through_the_auto_class(whole, loaded, name):
+    weights, before = loaded[name], tiny_model().state_dict()
+    for key, expected in load_file(whole / name / "model.safetensors").items():
+        # a softmax does not see one bias of all keys, so its gradient is rounding, which Adam makes as large as any other
+        if not key.endswith("k_proj.bias"):
+            assert (expected - before[key]).abs().max() > 4e-6, key
+            assert (weights[key] - expected).abs().max() < 1e-6, key
+
+
+def test_a_recipe_runs_sharded_stage_after_stage(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "output": str(tmp_path / "out")}))
+    run_sharded("train", path, "--stages", "0,2")
+    shapes = []
+    for number in (0, 2):
+        weights = load_file(tmp_path / "out" / f"stage-{number}" / "model.safetensors")
+        shapes.append({key: weight.shape for key, weight in weights.items()})
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_accelerate_reads_the_launch_configurations(name, kind):
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == kind
+    assert path.read_text().startswith("# ")
+
+
+class Numbers:
+    """A stream of numbered samples, in the same order every epoch."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def epoch(self, seed: str):
+        for number in range(self.count):
+            yield str(number), lambda number=number: Conversation(name=str(number))
+
+
+def refuse(name, reason, read):
+    raise AssertionError(f"{name} cannot be read: {reason}")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_of_a_stream_is_read_once(processes, workers):
+    count, seen = 13, []
+    for rank in range(processes):
+        samples = StreamedSamples(Numbers(count), lambda sample: sample, refuse, 0, rank, processes)
+        loader = iter(DataLoader(samples, batch_size=None, num_workers=workers))
+        # a worker's first epoch is no longer than the stream, and workers take turns
+        read = [next(loader) for _ in range(count * max(1, workers))]
+        seen += [int(sample.name) for sample in read if sample.seed.startswith("0.0.")]
+    assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("count", [24, 25, 31])
+def test_every_sample_is_trained_once_an_epoch(processes, count):
+    device_batch = 4
+    samples = OrderedSamples([Conversation(name=str(index)) for index in range(count)], list(range(count)), None, 0)
+    sampler = EpochSampler(samples, 2 * device_batch * processes, device_batch * processes)
+    for epoch in (0, 1):
+        sampler.epoch = epoch
+        trained, sizes = [], []
+        for rank in range(processes):
+            shard = BatchSamplerShard(BatchSampler(sampler, device_batch, drop_last=False), processes, rank)
+            batches = [[samples[key] for key in batch] for batch in shard]
+            trained += [int(sample.name) for batch in batches for sample in batch if not sample.is_padding_sample]
+            sizes.append([len(batch) for batch in batches])
+        assert sorted(trained) == list(range(count))
+        assert sizes == [[device_batch] * len(sizes[0])] * processes

@@ -1,0 +1,91 @@
+"""Run by `test_distributed.py` and `test_sharded.py`: three steps of stage 2 with checkpoints, or a recipe.
+
+    two_processes.py steps OUTPUT DEVICE_BATCH
+    two_processes.py train RECIPE --stages 0,1
+
+accelerate shards for accelerators only, although gloo and torch's `fully_shard` serve a CPU as well. So each trainer here
+tells it, at the one point where it asks, that this is a run on several GPUs; all else is what happens on those.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from tiny import random_batch, tiny_model
+from transformers import TrainingArguments
+
+from prefixvlm import cli
+from prefixvlm.train.recipes.stages import PAPER_STAGES
+from prefixvlm.train.training import run
+from prefixvlm.train.training.trainer import StageTrainer
+
+
+class CPUTrainer(StageTrainer):
+    def create_accelerator_and_postprocess(self):
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if sharded:
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+        assert self.is_fsdp_enabled == sharded
+
+
+def three_steps(output: str, device_batch: int) -> None:
+    model = tiny_model()
+    batch = random_batch(model, [3, 9, 4, 7, 2, 8, 6, 5, 3, 4, 9, 2])
+    batch["labels"] = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (batch["input_ids"] == 1), -100)
+    rows = [{name: values[i] for name, values in batch.items()} for i in range(12)]
+    arguments = TrainingArguments(
+        output_dir=output,
+        per_device_train_batch_size=device_batch,
+        max_steps=3,
+        logging_steps=1,
+        report_to="none",
+        save_steps=2,
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        ddp_backend="gloo",
+    )
+    trainer = CPUTrainer(
+        model,
+        PAPER_STAGES[2],
+        arguments,
+        train_dataset=rows,
+        data_collator=lambda some: {name: torch.stack([row[name] for row in some]) for name in some[0]},
+    )
+    trainer.train()
+    trainer.save_model(f"{output}/final")
+    if trainer.is_world_process_zero():
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        with open(f"{output}/history.json", "w") as file:
+            json.dump(history, file)
+
+
+def threads_of_gloo() -> list[str]:
+    """What could still wake while the interpreter goes away; known on Linux alone."""
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+if sys.argv[1] == "steps":
+    three_steps(sys.argv[2], int(sys.argv[3]))
+    code = 0
+else:
+    run.StageTrainer = CPUTrainer
+    code = cli.main(sys.argv[1:])
+cli.leave_process_group()
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    # torch keeps the mesh of FSDP, and with it gloo's threads, to the end; runs on GPUs have none of those
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+deadline = time.monotonic() + 10  # the system lists a thread for a moment after its end
+while threads_of_gloo() and time.monotonic() < deadline:
+    time.sleep(0.01)
+assert not threads_of_gloo()
+sys.exit(code)

@@ -1,0 +1,180 @@
+"""Conversations to training batches: tensors, labels, packed rows, and the noise of stage 0.
+
+Shapes: B rows, T tokens, S samples in the batch, I images in the batch, C channels, H height, W width.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.packing import pack
+
+
+@dataclass
+class Encoded:
+    """One sample of `length` tokens.
+
+    input_ids, labels, is_noised: (length,).
+    pixel_values: (images, C, H, W); `None` without images.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    is_noised: torch.Tensor
+    pixel_values: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class ConversationCollator:
+    """Makes one batch, padded on the right, of `Conversation`s.
+
+    Args:
+        processor: a `PrefixVLMProcessor`.
+        text_format: `caption` or `conversation`, as in `Stage`.
+        noise: share of the input text tokens that become the noise token; special, image and padding tokens never do.
+        augment: for pictures without an up and a right: mirror and turn them at random.
+        seed: of what is random about samples that have no seed of their own.
+        max_tokens_per_row: pack several samples into rows of at most so many tokens, each seeing only itself; 0 gives every
+            sample its own row.
+        feature_cache: a `FeatureCache`, which then stands in for the images it knows.
+
+    A batch holds `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (I, C, H, W), `document_ids` (B, T) of
+    packed rows and, with noise, `is_noised` (B, T), true where the input token was replaced.
+    """
+
+    def __init__(
+        self,
+        processor,
+        text_format: str,
+        noise: float = 0.0,
+        augment: bool = False,
+        seed: int = 0,
+        max_tokens_per_row: int = 0,
+        feature_cache=None,
+    ):
+        self.processor = processor
+        self.text_format = text_format
+        self.noise = noise
+        self.augment = augment
+        self.max_tokens_per_row = max_tokens_per_row
+        self.feature_cache = feature_cache
+        self.random = random.Random(seed)
+        self.noise_token_id = noise_token_id(processor.tokenizer)
+        self.untouchable_ids = torch.tensor(sorted(special_token_ids(processor.tokenizer)))
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+        return self.collate(self.encoded(conversations))
+
+    def encoded(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """Each sample's tensors.
+
+        Raises:
+            ValueError: naming the sample or the image that cannot be used.
+        """
+        sources = [self.random if sample.seed is None else random.Random(sample.seed) for sample in conversations]
+        try:
+            batch = self._processed(conversations)
+        except ValueError as error:
+            names = " to ".join(dict.fromkeys((conversations[0].name, conversations[-1].name)))
+            raise ValueError(f"{names}: {str(error).removeprefix(f'{names}: ')}") from error
+        images = iter(batch.get("pixel_values", ()))
+        samples = []
+        for sample, source, ids, labels in zip(conversations, sources, batch["input_ids"], batch["labels"], strict=True):
+            input_ids, labels = torch.tensor(ids), torch.tensor(labels)
+            labels[0] = IGNORE_INDEX  # nothing comes before it, least of all in a packed row
+            if sample.is_padding_sample:
+                labels[:] = IGNORE_INDEX
+            pictures = [torch.from_numpy(np.asarray(next(images))) for _ in sample.images]
+            if self.augment:
+                pictures = [_turned(picture, source) for picture in pictures]
+            is_noised = self._noised(input_ids, source)
+            input_ids = input_ids.masked_fill(is_noised, self.noise_token_id)
+            samples.append(Encoded(input_ids, labels, is_noised, torch.stack(pictures) if pictures else None))
+        return samples
+
+    def collate(self, samples: list[Encoded]) -> dict[str, torch.Tensor]:
+        """The batch: one sample a row, or several."""
+        rows = [[index] for index in range(len(samples))]
+        if self.max_tokens_per_row:
+            rows = pack([len(sample) for sample in samples], self.max_tokens_per_row)
+        shape = (len(rows), max(sum(len(samples[index]) for index in row) for row in rows))
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        batch = {
+            "input_ids": torch.full(shape, pad_token_id if pad_token_id is not None else 0),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORE_INDEX),
+        }
+        if self.noise:
+            batch["is_noised"] = torch.zeros(shape, dtype=torch.bool)
+        if self.max_tokens_per_row:
+            batch["document_ids"] = torch.zeros(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            start = 0
+            for document, index in enumerate(row, start=1):
+                sample = samples[index]
+                place = slice(start, start + len(sample))
+                batch["input_ids"][number, place] = sample.input_ids
+                batch["labels"][number, place] = sample.labels
+                batch["attention_mask"][number, place] = 1
+                if self.noise:
+                    batch["is_noised"][number, place] = sample.is_noised
+                if self.max_tokens_per_row:
+                    batch["document_ids"][number, place] = document
+                start = place.stop
+        images = [samples[index].pixel_values for row in rows for index in row]
+        images = [pictures for pictures in images if pictures is not None]
+        if images:
+            images = torch.cat(images)
+            batch |= self.feature_cache.look_up(images) if self.feature_cache else {"pixel_values": images}
+        return batch
+
+    def _processed(self, conversations: Sequence[Conversation]):
+        if self.text_format == "caption":
+            texts = [self._caption(sample) for sample in conversations]
+            return self.processor(images=[sample.images for sample in conversations], text=texts, return_labels=True)
+        messages = [sample.messages() for sample in conversations]
+        return self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_labels=True)
+
+    def _caption(self, sample: Conversation) -> str:
+        images = self.processor.image_token * len(sample.images)
+        return images + self.processor.as_typed(sample.caption) + self.processor.tokenizer.eos_token
+
+    def _noised(self, input_ids: torch.Tensor, source: random.Random) -> torch.Tensor:
+        if not self.noise:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(source.getrandbits(63))
+        chosen = torch.rand(input_ids.shape, generator=generator) < self.noise
+        return chosen & ~torch.isin(input_ids, self.untouchable_ids)
+
+
+def _turned(image: torch.Tensor, source: random.Random) -> torch.Tensor:
+    """One of the eight ways to lay a square picture (C, H, W)."""
+    if source.random() < 0.5:
+        image = image.flip(-1)
+    return image.rot90(source.randrange(4), dims=(-2, -1))
+
+
+def special_token_ids(tokenizer) -> set[int]:
+    """All ids that are control tokens rather than text."""
+    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
+def noise_token_id(tokenizer) -> int:
+    """The token that stands for a lost word in stage 0: the mask token if there is one, else padding.
+
+    The paper does not name it (Algorithm 1, line 3). Either way its embedding says nothing about the caption.
+    """
+    for token_id in (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise ValueError(
+        "The tokenizer has no mask, padding or end token to serve as stage 0's noise; set tokenizer.pad_token."
+    )

@@ -1,0 +1,101 @@
+"""In what order samples are seen: shuffled or grouped by length, the same in every process and after every interruption."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from prefixvlm.train.data.conversation import Conversation
+
+
+class OrderedSamples(Dataset):
+    """Samples asked for by (epoch, index, is_padding_sample), each with the seed of its own randomness.
+
+    Args:
+        samples: a sequence of `Conversation`s.
+        indices: those of them to train on.
+        lengths: tokens of each of `indices`, to group them by; `None` to shuffle without a look at them.
+        seed: of order and samples.
+    """
+
+    def __init__(self, samples, indices: list[int], lengths: list[int] | None, seed: int):
+        self.samples, self.indices, self.lengths, self.seed = samples, indices, lengths, seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int, bool]) -> Conversation:
+        epoch, index, is_padding_sample = key
+        sample = self.samples[self.indices[index]]
+        return replace(sample, seed=f"{self.seed}.{epoch}.{index}", is_padding_sample=is_padding_sample)
+
+
+class EpochSampler(Sampler):
+    """The keys of an `OrderedSamples` in the order of the epoch that `epoch` says.
+
+    Args:
+        samples: the data set.
+        batch_size: samples of an optimiser step, which are of similar length if they are grouped.
+        multiple: fillers follow the last sample until the count is a multiple of this (processes times device batch), so
+            that every process has as many full batches as the others and no sample counts twice.
+    """
+
+    def __init__(self, samples: OrderedSamples, batch_size: int, multiple: int):
+        self.samples, self.batch_size, self.multiple = samples, batch_size, multiple
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[tuple[int, int, bool]]:
+        generator = torch.Generator().manual_seed(self.samples.seed * 1_000_003 + self.epoch)
+        if self.samples.lengths is None:
+            order = torch.randperm(len(self.samples), generator=generator).tolist()
+        else:
+            order = get_length_grouped_indices(self.samples.lengths, self.batch_size, generator=generator)
+        fillers = itertools.islice(itertools.cycle(order), len(self) - len(order))
+        yield from ((self.epoch, index, False) for index in order)
+        yield from ((self.epoch, index, True) for index in fillers)
+
+
+class StreamedSamples(IterableDataset):
+    """Samples of a stream without an end, encoded; each is read by exactly one process and worker.
+
+    Args:
+        stream: a `Stream` or `MixedStream`.
+        encode: takes a `Conversation`, gives what is yielded, and raises a ValueError if it cannot be trained on.
+        report: called with the name and the reason of each sample of the first epoch that cannot, and how many this worker
+            has read.
+        seed: of order and samples.
+        rank, processes: which of how many processes this is.
+    """
+
+    def __init__(self, stream, encode: Callable, report: Callable, seed: int, rank: int = 0, processes: int = 1):
+        self.stream, self.encode, self.report, self.seed = stream, encode, report, seed
+        self.rank, self.processes = rank, processes
+
+    def __iter__(self) -> Iterator:
+        worker = get_worker_info()
+        parts = self.processes * (worker.num_workers if worker else 1)
+        mine = self.rank + self.processes * (worker.id if worker else 0)
+        for epoch in itertools.count():
+            read = usable = 0
+            for index, (name, make) in enumerate(self.stream.epoch(f"{self.seed}.{epoch}")):
+                if index % parts != mine:
+                    continue
+                read += 1
+                try:
+                    sample = self.encode(replace(make(), seed=f"{self.seed}.{epoch}.{index}"))
+                except ValueError as error:
+                    if epoch == 0:
+                        self.report(name, str(error), read)
+                    continue
+                usable += 1
+                yield sample
+            if not usable:
+                raise ValueError(
+                    f"The stream has no usable sample for each of {parts} readers; use fewer processes or workers."
+                )

@@ -1,0 +1,111 @@
+"""Answers to many questions about images, and captions of many images, by real generation in batches of similar length.
+
+Shapes: B batch, T tokens.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from prefixvlm.train.data.conversation import Conversation
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are generated.
+
+    Attributes:
+        num_beams: 1 is greedy search.
+        max_new_tokens: where a text is cut.
+        batch_size: texts generated at once, of similar length.
+    """
+
+    num_beams: int = 1
+    max_new_tokens: int = 8
+    batch_size: int = 256
+
+    def __post_init__(self):
+        for name in ("num_beams", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+
+
+def answer(model, processor, questions: list[Conversation], show_progress: bool = True, **decoding) -> list[str]:
+    """Answers, in the order of `questions`; see `answers`.
+
+    Args:
+        decoding: fields of `Decoding`.
+    """
+    texts = [""] * len(questions)
+    for done in answers(model, processor, questions, range(len(questions)), Decoding(**decoding), show_progress):
+        for index, text in done:
+            texts[index] = text
+    return texts
+
+
+@torch.inference_mode()
+def answers(
+    model, processor, questions, indices: Iterable[int], decoding: Decoding, show_progress: bool = True
+) -> Iterator[list[tuple[int, str]]]:
+    """Yields (index, text) pairs batch by batch, the longest questions first, so that a batch too large shows at once.
+
+    Args:
+        model: a PrefixVLM; it is put into evaluation mode, and left in it.
+        processor: its processor.
+        questions: conversations that end with a user turn; one with nothing but an empty user turn asks for a caption.
+        indices: which of them to answer.
+
+    Raises:
+        ValueError: for an image that cannot be opened, naming its sample.
+    """
+    model.eval()
+    # captions are asked for without a chat template, so the two kinds cannot share a batch
+    kinds = {True: [], False: []}
+    for index in sorted(indices, key=lambda index: _length(questions[index]), reverse=True):
+        kinds[_is_caption(questions[index])].append(index)
+    batches = [
+        kind[start : start + decoding.batch_size]
+        for kind in kinds.values()
+        for start in range(0, len(kind), decoding.batch_size)
+    ]
+    for chosen in tqdm(batches, desc="Answering", unit="batch", disable=None if show_progress else True):
+        inputs = _inputs(processor, [questions[index] for index in chosen]).to(model.device)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            do_sample=False,
+            use_cache=model.config.attention_mode != "bidirectional",  # a stage 0 model cannot use one
+        )
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield [(index, text.strip()) for index, text in zip(chosen, texts, strict=True)]
+
+
+def _is_caption(question: Conversation) -> bool:
+    return len(question.turns) == 1 and not question.turns[0][1]
+
+
+def _length(question: Conversation) -> tuple[int, int]:
+    return len(question.images), sum(len(text) for _, text in question.turns)
+
+
+def _inputs(processor, questions: list[Conversation]):
+    try:
+        return _prepared(processor, questions)
+    except ValueError:
+        for question in questions:
+            try:
+                _prepared(processor, [question])
+            except ValueError as error:
+                raise ValueError(f"{question.name}: {error}") from error
+        raise
+
+
+def _prepared(processor, questions: list[Conversation]):
+    padded = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    if _is_caption(questions[0]):
+        return processor(images=[question.images for question in questions], text=[""] * len(questions), **padded)
+    messages = [question.messages() for question in questions]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, **padded)

@@ -1,0 +1,202 @@
+"""What a model can be tested on: images, each with what people said of it, or with a question and its answers.
+
+A test set is whole or it is not scored: a row that cannot be read stops the evaluation, and so does a published split of
+another size than the published one.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prefixvlm.train.data import easy_vqa, sources
+from prefixvlm.train.data.conversation import Conversation
+
+KINDS = ("captions", "vqa")
+KEYS = {"captions": ("texts",), "karpathy": (), "vqa": ("question", "answer")}  # of a source, those that can be named
+
+
+@dataclass(frozen=True)
+class Task:
+    """A test set by name.
+
+    Attributes:
+        kind: `captions` or `vqa`, which decides the scores.
+        source: of `train/data/sources.py`; `None` for easy-VQA, which needs no files.
+        rows: how many the published test split has, and `None` where any number will do.
+        default_data: the Hub id it is read from if nothing else is named.
+        column: where Table VI of the paper has its scores.
+    """
+
+    kind: str
+    source: str | None
+    rows: int | None = None
+    default_data: str | None = None
+    column: str | None = None
+
+
+TASKS = {
+    "captions": Task("captions", "captions"),
+    "vqa": Task("vqa", "vqa"),
+    "flickr8k": Task("captions", "karpathy", 1000, column="Flickr8k"),
+    "flickr30k": Task("captions", "karpathy", 1000, column="Flickr30k"),
+    "coco": Task("captions", "karpathy", 5000, column="COCO"),
+    "pathvqa": Task("vqa", "vqa", default_data="flaviagiammarino/path-vqa"),
+    "easy_vqa": Task("vqa", None),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to ask of a model.
+
+    Attributes:
+        question: ends with a user turn; an empty one asks for a caption.
+        references: what people said.
+        image_id: by which COCO's tools know the image, where the data set has such.
+    """
+
+    question: Conversation
+    references: list[str]
+    image_id: int | str | None = None
+
+
+def spread(items: list, count: int) -> list:
+    """`count` of the items at even distances, or all if there are no more."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def load_examples(
+    task: str, path: str | None = None, images: str | None = None, split: str = "test", prompt: str | None = None, **keys
+) -> list[Example]:
+    """The examples of a task, all of them.
+
+    Args:
+        task: one of `TASKS`.
+        path: a file, folder, glob or Hub id; `read_rows` says more. COCO's own captions_*.json will do for `captions`.
+        images: the folder of the images, by default beside `path`.
+        split: of the rows.
+        prompt: asks for captions in these words, where by default the image stands alone as in stages 0 to 2.
+        keys: the names of keys: `texts` for captions, `question` and `answer` for vqa.
+
+    Raises:
+        ValueError: for an unknown task, data that cannot be read, a row without image, question or reference, or a
+            published test split of a wrong size.
+    """
+    if task not in TASKS:
+        raise ValueError(f"There is no task {task!r}; choose one of {', '.join(TASKS)}.")
+    kind, path = TASKS[task].kind, path or TASKS[task].default_data
+    if prompt is not None and kind != "captions":
+        raise ValueError(f"--prompt is for captions; the task {task} has questions of its own.")
+    keys = {name: key for name, key in keys.items() if key is not None}
+    if TASKS[task].source is None:
+        if path or images or keys:
+            raise ValueError(f"The task {task} brings its own data; leave --data and --images out.")
+        samples = easy_vqa.conversations(split)
+        return [example for sample in samples for example in _turn_by_turn(sample)]
+    if path is None:
+        raise ValueError(f"The task {task} needs --data.")
+    if unknown := [f"--{name}" for name in keys if name not in KEYS[TASKS[task].source]]:
+        raise ValueError(f"The rows of the task {task} have no key for {', '.join(unknown)} to name; leave it out.")
+    coco = _coco_content(path) if task == "captions" else None
+    examples = _from_rows(task, path, images, split, keys) if coco is None else _coco(coco, path, images)
+    if not examples:
+        raise ValueError(f"{path} has no rows of the split {split!r}.")
+    if split == "test":
+        _refuse_another_size(task, path, len(examples))
+    if prompt is not None:
+        examples = [replace(one, question=replace(one.question, turns=[("user", prompt)])) for one in examples]
+    return examples
+
+
+def _from_rows(task: str, path: str, images: str | None, split: str, keys: dict) -> list[Example]:
+    source = TASKS[task].source
+    if source == "karpathy" and images is None:
+        images = str(Path(path).parent)
+    samples = sources.load(source, path=path, images=images, split=split, **keys)
+    read = _captions if TASKS[task].kind == "captions" else _vqa
+    examples = []
+    for index in range(len(samples.rows)):
+        where = samples.rows.where(index)
+        try:
+            examples.append(read(samples.form, samples.rows[index], where))
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removesuffix('.')}; a test set must be whole.") from error
+        if not examples[-1].question.images:
+            raise ValueError(f"{where}: there is no image; a test set must be whole.")
+    return examples
+
+
+def _captions(form, row: dict, where: str) -> Example:
+    references = [form.turns(row, part)[-1][1] for part in range(form.parts(row))]
+    if not all(references):
+        raise ValueError("a caption is empty")
+    image_id = next((row[key] for key in ("cocoid", "coco_id", "image_id", "imgid") if key in row), None)
+    return Example(Conversation(form.images(row), [("user", "")], where), references, image_id)
+
+
+def _vqa(form, row: dict, where: str) -> Example:
+    question = row.get(form.question)
+    asked = question.replace("<image>", "").strip() if isinstance(question, str) else ""
+    if not asked:
+        raise ValueError(f"`{form.question}` must be a text, not {question!r}")
+    answers = row.get(form.answer)
+    answers = [answers] if isinstance(answers, str) else answers
+    if isinstance(answers, list):  # VQAv2 has {"answer": ...} for each of ten people
+        answers = [one.get("answer") if isinstance(one, dict) else one for one in answers]
+    if not isinstance(answers, list) or not answers or any(not isinstance(one, str) or not one.strip() for one in answers):
+        raise ValueError(f"`{form.answer}` must be a text, or a list of texts, not {row.get(form.answer)!r}")
+    return Example(Conversation(form.images(row), [("user", asked)], where), answers)
+
+
+def _turn_by_turn(sample: Conversation) -> list[Example]:
+    texts = [text for _, text in sample.turns]
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    return [Example(Conversation(sample.images, [("user", asked)], sample.name), [reply]) for asked, reply in pairs]
+
+
+def _coco_content(path: str) -> dict | None:
+    """What a file of COCO's own form holds; `None` for any other."""
+    if not path.endswith(".json") or not Path(path).is_file():
+        return None
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError:
+        return None  # read_rows says what is wrong with it
+    return content if isinstance(content, dict) and "annotations" in content else None
+
+
+def _coco(content: dict, path: str, images: str | None) -> list[Example]:
+    """COCO's own form: `images[{id, file_name}]` and `annotations[{image_id, caption}]`."""
+    folder = Path(images) if images else Path(path).parent
+    captions: dict = {}
+    try:
+        for entry in content["annotations"]:
+            captions.setdefault(entry["image_id"], []).append(entry["caption"].strip())
+        form = sources.Form(folder)
+        return [_coco_image(form, image, captions[image["id"]], path) for image in content["images"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: COCO's form is images[{{id, file_name}}] and annotations[{{image_id, caption}}], with a caption for "
+            f"each image ({error!r})."
+        ) from error
+
+
+def _coco_image(form, image: dict, references: list[str], path: str) -> Example:
+    where = f"{path}, image {image['id']}"
+    try:
+        pictures = form.images({"image": image["file_name"]})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; a test set must be whole.") from error
+    if not pictures or not all(references):
+        raise ValueError(f"{where}: {'a caption is empty' if pictures else 'there is no image'}; a test set must be whole.")
+    return Example(Conversation(pictures, [("user", "")], where), references)
+
+
+def _refuse_another_size(task: str, path: str, rows: int) -> None:
+    expected = TASKS[task].rows
+    if expected is not None and rows != expected:
+        raise ValueError(
+            f"{path} has {rows:,} test images where Karpathy's test split of {task} has {expected:,}, so its scores could "
+            "not be compared with published ones; give dataset_*.json of Karpathy's splits, or use --task captions."
+        )

@@ -1,0 +1,148 @@
+"""What a training step costs and how fast the machine is: FLOPs, peak rates, memory.
+
+Shapes: T tokens of a sample, P image tokens, D width.
+"""
+
+import resource
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import bf16_is_emulated
+from prefixvlm.train.recipes.stages import MODULES
+
+# dense bfloat16 rates of the makers' data sheets, in FLOP/s; the first name found in the device's counts
+PEAK_RATES = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+GEMM_SIZE = 1024
+GEMM_REPEATS = 20
+
+
+def training_flops(
+    model,
+    trains: Mapping[str, bool],
+    images: float,
+    tokens: float,
+    squared_lengths: float,
+    supervised: float,
+    encoded_images: float | None = None,
+) -> float:
+    """Floating-point operations of training on some samples, by the count that MFU is usually quoted with.
+
+    Two a weight and token forward, two more where a gradient runs back to the input of a weight, two more where the weight
+    trains; 4 T² D a layer forward for attention scores and their use, without a discount for masks, and twice that
+    backward. Activation checkpointing, padding, norms and activations are not counted.
+
+    Args:
+        model: a PrefixVLM, also a wrapped one, also on the meta device.
+        trains: for each of `MODULES` whether its trainable weights train.
+        images: how many.
+        tokens: image and text tokens of the decoder, without padding.
+        squared_lengths: the sum of T² over the samples.
+        supervised: tokens that the language head runs on.
+        encoded_images: how many of the images go through the encoder rather than come from a cache; all by default.
+    """
+    config = model.config
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    encoded = images if encoded_images is None else encoded_images
+    seen = {"vision_tower": encoded * patches, "projector": images * config.num_image_tokens, "language_model": tokens}
+    squares = {"vision_tower": encoded * patches**2, "projector": 0, "language_model": squared_lengths}
+    halves = {"vision_tower": config.vision_config, "language_model": config.text_config}
+    gradient_runs = False
+    flops = 0.0
+    for module in MODULES:
+        part = getattr(model, module)
+        weights, trainable = _weights(part, trains[module])
+        if module == "language_model":
+            head = model.get_output_embeddings().weight
+            if model.get_input_embeddings().weight is not head:  # a tied one is not among the weights
+                weights -= head.numel()
+                trainable -= head.numel() if trains[module] and head.requires_grad else 0
+            flops += 2 * supervised * head.numel() * (2 + (trains[module] and head.requires_grad))
+        # within a frozen decoder gradients run to the projector; a frozen encoder needs none
+        gradient_runs = gradient_runs or trains[module]
+        flops += 2 * seen[module] * (weights * (1 + gradient_runs) + trainable)
+        if module in halves:
+            attention = 4 * squares[module] * _attention_width(halves[module]) * halves[module].num_hidden_layers
+            flops += attention * (1 + 2 * gradient_runs)
+    return flops
+
+
+def _attention_width(config) -> int:
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_width * config.num_attention_heads
+
+
+def _weights(part: nn.Module, trains: bool) -> tuple[int, int]:
+    """The weights that take part in matrix products, and how many of them train. Embeddings are looked up."""
+    embeddings = {id(module.weight) for module in part.modules() if isinstance(module, nn.Embedding)}
+    weights = [weight for weight in part.parameters() if weight.ndim > 1 and id(weight) not in embeddings]
+    trainable = sum(weight.numel() for weight in weights if trains and weight.requires_grad)
+    return sum(weight.numel() for weight in weights), trainable
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What the device can do at most, in FLOP/s: of an NVIDIA GPU by its name, of a CPU by a matrix product timed now.
+
+    Where a CPU computes bfloat16 products in float32 (`modeling_vlm/cpu_products_prefix_vlm.py`), that is the rate. `None`
+    for a device that is not in the list.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((rate for known, rate in PEAK_RATES.items() if known in name), None)
+    if device.type != "cpu":
+        return None
+    square = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=torch.Generator().manual_seed(0))
+    if bf16_is_emulated(square.to(dtype)):
+        dtype = torch.float32
+    square = square.to(dtype)
+    fastest = min(_seconds(square, square) for _ in range(GEMM_REPEATS))
+    return 2 * GEMM_SIZE**3 / fastest
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    started = time.perf_counter()
+    a @ b
+    return time.perf_counter() - started
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes used so far: of a GPU by tensors, else of main memory by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where the other figure starts with that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gradient_norms(named_parameters: Iterable, module_of) -> dict[str, float]:
+    """The norm of the gradient of each module."""
+    gradients = {}
+    for name, parameter in named_parameters:
+        if parameter.grad is not None:
+            gradients.setdefault(module_of(name), []).append(parameter.grad)
+    norms = {module: nn.utils.get_total_norm(tensors) for module, tensors in gradients.items()}
+    return {module: float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) for module, norm in norms.items()}

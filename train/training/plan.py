@@ -1,0 +1,240 @@
+"""What a recipe would take, before it is run: rows, tokens, steps, parameters, memory, FLOPs and time, stage by stage.
+
+Shapes: T tokens, P image tokens.
+"""
+
+import copy
+import random
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration
+from prefixvlm.train.data.collator import ConversationCollator
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.screening import screen
+from prefixvlm.train.data.sources import InMemory, is_stream
+from prefixvlm.train.data.sources import load as load_samples
+from prefixvlm.train.recipes.schema import Recipe, StageRecipe
+from prefixvlm.train.recipes.stages import MODULES
+from prefixvlm.train.training import lora
+from prefixvlm.train.training.cost import training_flops
+from prefixvlm.train.training.run import all_texts, chosen_stages
+from prefixvlm.train.training.starting_model import PAPER_PAIR, build
+
+SAMPLE = 256  # rows that are looked at to learn how long they are
+TEXT_TOKENS = 128  # of a sample whose data cannot be read
+GIB = 2**30
+ADAM_BYTES = 8  # two moments in float32 for each weight that trains
+
+
+@dataclass
+class DataSize:
+    """How much data a stage has: rows, mean tokens, mean supervised tokens, mean images; and how that is known."""
+
+    rows: int
+    tokens: float
+    supervised: float
+    images: float
+    how: str
+
+
+@dataclass
+class MeasuredStep:
+    """One real step of one sample: seconds forward and backward, seconds of the optimiser, bytes kept for backward."""
+
+    seconds: float
+    optimizer_seconds: float
+    activation_bytes: int
+
+
+def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = False) -> str:
+    """The plan of a recipe's stages as text. Trains nothing and writes nothing.
+
+    Weights are not looked for: their values change neither counts nor times.
+
+    Raises:
+        ValueError: for stages that the recipe does not have, or a model whose shape cannot be read.
+    """
+    numbers = chosen_stages(recipe, only)
+    model_recipe = recipe.model
+    sources = {number: _source(recipe.stages[number]) for number in numbers}
+    texts = all_texts(samples for samples in sources.values() if not isinstance(samples, str))
+    if random_init and model_recipe.start is not None:
+        raise ValueError("--random-init is for recipes that name backbones; this one starts from a whole model.")
+    processor = None
+    try:
+        model, processor = build(model_recipe, texts, random_init=True)
+    except ValueError:
+        if (model_recipe.vision, model_recipe.text) != PAPER_PAIR:
+            raise
+        # the tokenizer lies on the Hub; all else of the paper's pair is known
+        config = PrefixVLMConfig.from_preset("paper", **model_recipe.config)
+        model = PrefixVLMForConditionalGeneration(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [
+        f"Model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_image_tokens} image tokens."
+    ]
+    if processor is None:
+        lines.append(f"The tokenizer cannot be loaded here: {TEXT_TOKENS} text tokens a sample are assumed.")
+    total = 0.0
+    for number in numbers:
+        size = _size(sources[number], recipe.stages[number], processor, model.config.num_image_tokens)
+        text, seconds = _stage_plan(recipe, recipe.stages[number], model, size, device)
+        lines += ["", *text]
+        total += seconds or 0.0
+    if total:
+        lines += ["", f"All of it: {_duration(total)} on one device like this."]
+    return "\n".join(lines)
+
+
+def _source(stage_recipe: StageRecipe):
+    """The samples of a stage, or the reason why they cannot be read."""
+    try:
+        return load_samples(**stage_recipe.data)
+    except ValueError as error:
+        if stage_recipe.expected_rows is None:
+            raise
+        return str(error)
+
+
+def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> DataSize:
+    assumed = (image_tokens + TEXT_TOKENS, TEXT_TOKENS, 1.0)
+    if isinstance(samples, str):
+        return DataSize(stage_recipe.expected_rows, *assumed, f"the recipe's word; {samples.split(' (')[0].rstrip('.')}")
+    streamed = is_stream(samples)
+    rows = stage_recipe.max_steps * stage_recipe.stage.batch_size if streamed else len(samples)
+    if processor is None:
+        return DataSize(rows, *assumed, "rows counted, tokens assumed")
+    looked_at = _some(samples)
+    verdict = screen(looked_at, ConversationCollator(processor, stage_recipe.stage.text_format), stage_recipe.max_length)
+    if not verdict.indices:
+        raise ValueError(f"None of {len(looked_at)} samples can be used. The first: {verdict.skipped[0][1]}")
+    means = [sum(values) / len(verdict.indices) for values in (verdict.lengths, verdict.supervised, verdict.images)]
+    skipped = f"; {len(verdict.skipped)} of them cannot be used" if verdict.skipped else ""
+    return DataSize(rows, *means, f"tokens from {len(looked_at)} of the rows{skipped}")
+
+
+def _some(samples) -> InMemory:
+    """Samples to look at, of a large data set some at random."""
+    if is_stream(samples):
+        makers = (make for _, (_, make) in zip(range(SAMPLE), samples.epoch("0"), strict=False))
+    else:
+        chosen = random.Random(0).sample(range(len(samples)), min(SAMPLE, len(samples)))
+        makers = ((lambda index=index: samples[index]) for index in sorted(chosen))
+    made = InMemory()
+    for make in makers:
+        try:
+            made.append(make())
+        except ValueError as error:
+            made.append(Conversation(name=str(error)))  # which screening finds to have no text
+    return made
+
+
+def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize, device) -> tuple[list[str], float | None]:
+    """The lines about one stage, and its seconds where a step could be measured."""
+    stage = stage_recipe.stage
+    if recipe.lora:
+        model = lora.add_adapters(copy.deepcopy(model), recipe.lora, stage)
+    stage.prepare(model)
+    steps = -(-size.rows // stage.batch_size) * stage.epochs if stage_recipe.max_steps < 0 else stage_recipe.max_steps
+    seen = (
+        min(steps * stage.batch_size, size.rows * stage.epochs) if stage_recipe.max_steps < 0 else steps * stage.batch_size
+    )
+    trainable = {m: sum(p.numel() for p in getattr(model, m).parameters() if p.requires_grad) for m in MODULES}
+    trains = {module: rate > 0 for module, rate in stage.learning_rates.items()}
+    flops = training_flops(model, trains, size.images, size.tokens, size.tokens**2, size.supervised)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = sum(p.numel() * (p.element_size() + ADAM_BYTES) for p in model.parameters() if p.requires_grad)
+    device_batch = min(stage_recipe.device_batch_size, stage.batch_size)
+    measured = _measured(recipe, model, size, device, weights + state)
+    lines = [
+        f"Stage {stage.number}: {stage.attention_mode} attention, {stage.text_format}s"
+        + (f", {stage.noise:.0%} noise" if stage.noise else ""),
+        f"  rows        {size.rows:,} ({size.how})",
+        f"  tokens      {size.rows * size.tokens:,.0f} ({size.tokens:,.0f} a sample, {size.supervised:,.0f} learnt)",
+        f"  steps       {steps:,.0f} of {stage.batch_size} samples, {device_batch} at once",
+        "  trains      " + ", ".join(f"{m} {trainable[m]:,} at {stage.learning_rates[m]:g}" for m in MODULES),
+        f"  FLOPs       {flops * seen:.3g} ({flops / 1e9:,.0f} G a sample)",
+    ]
+    if isinstance(measured, str):
+        lines.append(f"  memory      {(weights + state) / GIB:.1f} GiB of weights, gradients and Adam, and activations")
+        lines.append(f"  time        not measured: {measured}")
+        return lines, None
+    activations = measured.activation_bytes * device_batch
+    seconds = seen * measured.seconds + steps * measured.optimizer_seconds
+    lines += [
+        f"  memory      {(weights + state + activations) / GIB:.1f} GiB ({weights / GIB:.1f} weights, {state / GIB:.1f} "
+        f"gradients and Adam, {activations / GIB:.1f} activations of {device_batch})",
+        f"  time        {_duration(seconds)}, from one sample in {measured.seconds:.3g} s "
+        f"({flops / measured.seconds / 1e9:,.0f} GFLOP/s) and {measured.optimizer_seconds:.3g} s of Adam ({device.type})",
+    ]
+    return lines, seconds
+
+
+def _measured(recipe: Recipe, model, size: DataSize, device, state_bytes: int) -> MeasuredStep | str:
+    """A real step of one sample of mean length, or why there was none."""
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if free < state_bytes:
+        return f"weights, gradients and Adam take {state_bytes / GIB:.1f} GiB, {free / GIB:.1f} are free here"
+    model.to(device).train()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = {name: values.to(device) for name, values in _sample(model.config, size).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    head = model.get_output_embeddings().weight.shape  # of its gradient, which is kept from the forward pass on
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.shape != head:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step() -> tuple[float, float]:
+        started = _now(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+            loss = model(**inputs, use_cache=False, skip_logits=True).loss
+        loss.backward()
+        between = _now(device)
+        optimizer.step()
+        optimizer.zero_grad()
+        return between - started, _now(device) - between
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()  # also warms up, and makes Adam's moments
+    seconds, optimizer_seconds = step()
+    return MeasuredStep(seconds, optimizer_seconds, sum(kept.values()))
+
+
+def _sample(config, size: DataSize) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = round(size.images)
+    text = max(2, round(size.tokens - images * config.num_image_tokens))
+    words = torch.randint(config.text_config.vocab_size, (1, text), generator=generator)
+    words[words == config.image_token_id] -= 1
+    placeholders = torch.full((1, images * config.num_image_tokens), config.image_token_id)
+    labels = torch.cat([torch.full_like(placeholders, -100), words.clone()], dim=1)
+    labels[:, placeholders.shape[1] + max(1, round(size.supervised)) :] = -100
+    side = config.vision_config.image_size
+    batch = {"input_ids": torch.cat([placeholders, words], dim=1), "labels": labels}
+    if images:
+        batch["pixel_values"] = torch.randn(images, 3, side, side, generator=generator)
+    return batch
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:,.1f} hours"

@@ -1,0 +1,371 @@
+"""Runs a recipe: stage after stage, each from the last one's output.
+
+Every output appears under its final name only when it is complete, and a run that was killed can go on where its last
+whole checkpoint is.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments, set_seed
+
+from prefixvlm.configuration.writing import write_atomically
+from prefixvlm.inference.environment import versions
+from prefixvlm.inference.loading import load as load_model
+from prefixvlm.train.data.collator import ConversationCollator
+from prefixvlm.train.data.feature_cache import FeatureCache
+from prefixvlm.train.data.order import OrderedSamples, StreamedSamples
+from prefixvlm.train.data.screening import Screened, StreamReport, encode_one, refuse_if_too_many, screen, write_report
+from prefixvlm.train.data.sources import is_stream
+from prefixvlm.train.data.sources import load as load_samples
+from prefixvlm.train.evaluation import figures
+from prefixvlm.train.recipes.schema import Recipe, StageRecipe
+from prefixvlm.train.training import checkpoints, lora
+from prefixvlm.train.training.evaluation_callback import EvaluateByGeneration
+from prefixvlm.train.training.starting_model import build
+from prefixvlm.train.training.trainer import StageTrainer
+
+RECORD = "run.json"
+GIGABYTE = 10**9
+
+
+def stage_folder(output: Path, number: int) -> Path:
+    return output / f"stage-{number}"
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a folder is until it is complete."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def processes() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+@contextmanager
+def complete_or_absent(folder: Path, keep: bool = False):
+    """A folder to write into that takes the name `folder` at the end, replacing what was there; on an error it does not.
+
+    Of several processes the main one makes and renames it, while the others wait. With `keep` what an earlier try left
+    stays.
+    """
+    partial = partial_folder(folder)
+    if processes().is_main_process:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    processes().wait_for_everyone()
+    yield partial
+    processes().wait_for_everyone()
+    if processes().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    processes().wait_for_everyone()
+
+
+def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = False, random_init: bool = False) -> Path:
+    """Trains the stages of a recipe, or those in `only`, and returns the folder of the last.
+
+    A first stage other than the recipe's first starts from the folder its predecessor left in `recipe.output`.
+
+    Args:
+        resume: keep the stages that are finished, and go on with an unfinished one from its newest whole checkpoint.
+        random_init: start from random weights where the recipe names pretrained backbones.
+
+    Raises:
+        ValueError: for stages that the recipe does not have, a missing predecessor, data that cannot be used, or a run to
+            be resumed that was another.
+    """
+    chosen = chosen_stages(recipe, only)
+    output = Path(recipe.output)
+    # all data is opened before any training, so that a wrong path costs no hours
+    before = [number for number in recipe.stages if number < chosen[0]]
+    sources = {number: load_samples(**recipe.stages[number].data) for number in (chosen if before else recipe.stages)}
+    evaluations = {n: EvaluateByGeneration(recipe.stages[n].evaluation) for n in chosen if recipe.stages[n].evaluation}
+    settings = {number: _settings(recipe, number, sources[number], random_init) for number in chosen}
+    if resume:
+        while chosen and stage_folder(output, chosen[0]).is_dir():
+            _refuse_another_run(stage_folder(output, chosen[0]), settings[chosen[0]])
+            print(f"Stage {chosen[0]} is finished.", flush=True)
+            before.append(chosen.pop(0))
+        if not chosen:
+            return stage_folder(output, before[-1])
+    set_seed(recipe.seed)
+    if before:
+        start = stage_folder(output, before[-1])
+        if not start.is_dir():
+            raise ValueError(
+                f"Stage {chosen[0]} starts from {start}, which does not exist; train stage {before[-1]} first."
+            )
+        model, processor = load_model(str(start), recipe.model.dtype)
+    else:
+        quantize = recipe.lora.quantize if recipe.lora else None
+        model, processor = build(recipe.model, all_texts(sources.values()), random_init, quantize)
+    verdicts = {}
+    for number in chosen:
+        model = train_stage(
+            model, processor, recipe, number, sources[number], settings[number], verdicts, resume, evaluations.get(number)
+        )
+    return stage_folder(output, chosen[-1])
+
+
+def chosen_stages(recipe: Recipe, only: list[int] | None) -> list[int]:
+    """The stages to train, in order.
+
+    Raises:
+        ValueError: for one that the recipe does not have.
+    """
+    numbers = list(recipe.stages)
+    chosen = numbers if only is None else sorted(set(only))
+    for number in chosen:
+        if number not in numbers:
+            raise ValueError(f"The recipe has no stage {number}; it has {', '.join(map(str, numbers))}.")
+    return list(chosen)
+
+
+def all_texts(sources):
+    """For a tokenizer, all that is said, and by whom: the names of roles are part of every rendered conversation."""
+    for samples in sources:
+        if is_stream(samples):
+            raise ValueError("A tokenizer cannot be learnt from a stream; name one in model.tokenizer.")
+        for index in range(len(samples)):
+            try:
+                sample = samples[index]
+            except ValueError:
+                continue  # screening reports it
+            for role, text in sample.turns:
+                yield role
+                yield text
+
+
+def _settings(recipe: Recipe, number: int, samples, random_init: bool) -> dict:
+    """What decides the weights that come out of a stage."""
+    stage = dataclasses.asdict(recipe.stages[number])
+    del stage["evaluation"]
+    shared = ("seed", "bf16", "max_skipped")
+    return {
+        "stage": stage,
+        "data_fingerprint": samples.fingerprint,
+        "model": dataclasses.asdict(recipe.model),
+        "random_init": random_init,
+        "lora": dataclasses.asdict(recipe.lora) if recipe.lora else None,
+        **{name: getattr(recipe, name) for name in shared},
+    }
+
+
+def _refuse_another_run(folder: Path, settings: dict) -> None:
+    try:
+        old = json.loads((folder / RECORD).read_text())["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} cannot be resumed: its {RECORD} cannot be read; remove the folder.") from error
+    settings = json.loads(json.dumps(settings))
+    changed = sorted(name for name in settings if settings[name] != old.get(name))
+    if changed:
+        raise ValueError(
+            f"{folder} is of another run, with other settings of {', '.join(changed)}; choose another output, or remove it."
+        )
+
+
+def train_stage(
+    model,
+    processor,
+    recipe: Recipe,
+    number: int,
+    samples,
+    settings: dict,
+    verdicts: dict,
+    resume: bool = False,
+    evaluation: EvaluateByGeneration | None = None,
+):
+    """Trains one stage, leaves the model, its processor, log, loss curve, run.json and skipped.jsonl, returns the model.
+
+    `verdicts` keeps what screening says of a data set for the stages that share it.
+    """
+    stage_recipe = recipe.stages[number]
+    stage = stage_recipe.stage
+    folder = stage_folder(Path(recipe.output), number)
+    checkpoint = checkpoints.newest_whole(partial_folder(folder))
+    if checkpoint is not None:
+        if not resume:
+            raise ValueError(
+                f"{checkpoint.parent} holds the checkpoints of an unfinished run; continue it with --resume, or remove it."
+            )
+        _refuse_another_run(checkpoint.parent, settings)
+        print(f"Stage {number} goes on from {checkpoint}.", flush=True)
+    with complete_or_absent(folder, keep=checkpoint is not None) as partial:
+        collator = ConversationCollator(
+            processor,
+            stage.text_format,
+            noise=stage.noise,
+            augment=stage_recipe.augment,
+            seed=recipe.seed + number,
+            max_tokens_per_row=stage_recipe.max_tokens_per_row,
+            feature_cache=_feature_cache(model, recipe, stage_recipe),
+        )
+        record = _record(settings, recipe)
+        dataset = _dataset(samples, collator, recipe, stage_recipe, partial, record, verdicts)
+        if processes().is_main_process:
+            write_atomically(partial / RECORD, json.dumps(record, indent=1))
+        if recipe.lora:
+            model = lora.add_adapters(model, recipe.lora, stage)
+        trainer = StageTrainer(
+            model,
+            stage,
+            training_arguments(stage_recipe, recipe, partial),
+            train_dataset=dataset,
+            data_collator=collator.collate if isinstance(dataset, StreamedSamples) else collator,
+            processing_class=processor,
+            feature_cache=collator.feature_cache,
+        )
+        if evaluation is not None:
+            evaluation.attach(trainer)
+        if trainer.is_sharded and recipe.lora and recipe.lora.merge:
+            raise ValueError("Adapters cannot be merged into sharded weights; set lora.merge to false.")
+        started = time.time()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        model = _save(trainer, model, recipe, partial)
+        if trainer.is_world_process_zero():
+            history = trainer.state.log_history
+            write_atomically(partial / "history.json", json.dumps(history, indent=1))
+            figures.save_loss_curve({f"stage {number}": history}, partial / "loss.png")
+            record |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
+            write_atomically(partial / RECORD, json.dumps(record, indent=1))
+    return model
+
+
+def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path):
+    """Saves what a stage has trained; returns the model that the next one starts from."""
+    if recipe.lora and recipe.lora.merge:
+        adapter = folder / "adapter"
+        trainer.save_model(str(adapter))
+        (adapter / "training_args.bin").unlink(missing_ok=True)
+        if recipe.lora.quantize:  # what was rounded to few bits is not what adapters should be added to
+            base, _ = load_model(recipe.model.start, recipe.model.dtype)
+            model = lora.merged(adapter, base)
+        else:
+            model = model.merge_and_unload()
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
+        if trainer.is_sharded:  # and remains so; the next stage starts from a whole model
+            processes().wait_for_everyone()
+            model, _ = load_model(str(folder), recipe.model.dtype)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
+    return model
+
+
+def _dataset(samples, collator, recipe: Recipe, stage_recipe: StageRecipe, folder: Path, record: dict, verdicts: dict):
+    """The data set of a stage, after a look at each sample; notes in `record` how many there are."""
+    seed = recipe.seed * 10 + stage_recipe.stage.number
+    report = folder / "skipped.jsonl"
+    if is_stream(samples):
+        report.unlink(missing_ok=True)
+
+        def encode(sample):
+            return encode_one(collator, sample, stage_recipe.max_length)
+
+        skipped = StreamReport(report, recipe.max_skipped)
+        return StreamedSamples(samples, encode, skipped, seed, processes().process_index, processes().num_processes)
+    verdict = [None]
+    if processes().is_main_process:
+        key = (samples.fingerprint, collator.text_format, stage_recipe.max_length)
+        if key not in verdicts:
+            verdicts[key] = screen(samples, collator, stage_recipe.max_length, recipe.workers)
+        verdict = [verdicts[key]]
+        write_report(verdict[0].skipped, report)
+    (screened,) = broadcast_object_list(verdict)
+    record["samples"] = {"read": len(samples), "used": len(screened.indices), "skipped": len(screened.skipped)}
+    record["tokens"] = {"all": sum(screened.lengths), "supervised": sum(screened.supervised)}
+    _announce(stage_recipe, screened)
+    refuse_if_too_many(screened.skipped, len(samples), recipe.max_skipped, report)
+    if not screened.indices:
+        raise ValueError(f"Stage {stage_recipe.stage.number} has no sample to train on.")
+    lengths = screened.lengths if stage_recipe.group_by_length else None
+    return OrderedSamples(samples, screened.indices, lengths, seed)
+
+
+def _announce(stage_recipe: StageRecipe, screened: Screened) -> None:
+    stage = stage_recipe.stage
+    if processes().is_main_process:
+        skipped = f" ({len(screened.skipped):,} cannot be used, see skipped.jsonl)" if screened.skipped else ""
+        rates = ", ".join(f"{module} {rate:g}" for module, rate in stage.learning_rates.items())
+        print(
+            f"Stage {stage.number}: {len(screened.indices):,} samples{skipped}, {sum(screened.lengths):,} tokens, "
+            f"{stage.attention_mode} attention, learning rates {rates}",
+            flush=True,
+        )
+
+
+def _feature_cache(model, recipe: Recipe, stage_recipe: StageRecipe) -> FeatureCache | None:
+    if not recipe.feature_cache_gb or stage_recipe.stage.vision_tower_lr:
+        return None
+    dtype = torch.bfloat16 if recipe.bf16 else model.dtype
+    max_bytes = int(recipe.feature_cache_gb * GIGABYTE)
+    folder = Path(recipe.output) / "features"
+    return FeatureCache(folder, model.vision_tower, dtype, max_bytes, processes().process_index, processes().num_processes)
+
+
+def _record(settings: dict, recipe: Recipe) -> dict:
+    """What is worth knowing about a run afterwards, for `run.json`."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "command": " ".join(sys.argv),
+        "seed": recipe.seed,
+        "versions": versions(),
+        "device": f"{processes().num_processes} x {device}",
+        "data_fingerprint": settings["data_fingerprint"],
+        "settings": settings,
+    }
+
+
+def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) -> TrainingArguments:
+    """transformers' arguments for one stage; the schedule itself is `StageTrainer`'s."""
+    stage = stage_recipe.stage
+    devices = processes().num_processes
+    if devices == 1 and torch.cuda.device_count() > 1:
+        # `Trainer` would cut each batch into pieces, and images from their texts
+        raise ValueError(
+            f"This machine has {torch.cuda.device_count()} GPUs; start one process for each (torchrun --nproc-per-node "
+            f"{torch.cuda.device_count()} -m prefixvlm train ...), or choose one by CUDA_VISIBLE_DEVICES=0."
+        )
+    device_batch = min(stage_recipe.device_batch_size, stage.batch_size)
+    if stage.batch_size % (device_batch * devices):
+        raise ValueError(
+            f"Stage {stage.number}: a batch of {stage.batch_size} cannot be cut into device batches of {device_batch} on "
+            f"{devices} device(s); choose another device_batch_size."
+        )
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=device_batch,
+        gradient_accumulation_steps=stage.batch_size // (device_batch * devices),
+        num_train_epochs=stage.epochs,
+        max_steps=stage_recipe.max_steps,
+        learning_rate=max(stage.learning_rates.values()),
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=recipe.bf16,
+        tf32=True if recipe.bf16 and torch.cuda.is_available() else None,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        dataloader_num_workers=recipe.workers,
+        remove_unused_columns=False,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=recipe.keep_checkpoints,
+        logging_steps=recipe.logging_steps,
+        report_to=recipe.report_to,
+        seed=recipe.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )

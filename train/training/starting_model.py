@@ -1,0 +1,126 @@
+"""From a recipe's words about a model to the model and its processor."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from prefixvlm.configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
+from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
+from prefixvlm.inference.loading import dtype_named, load
+from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.train.recipes.schema import ModelRecipe
+
+END_TOKEN, NOISE_TOKEN = "<|endoftext|>", "<|mask|>"
+PAPER_PAIR = ("google/siglip-so400m-patch14-224", "Qwen/Qwen2.5-0.5B")
+
+
+def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, quantize: str | None = None):
+    """The model and processor a recipe starts from.
+
+    Args:
+        recipe: its `model` part.
+        texts: what a tokenizer of our own would learn from; read only if the recipe asks for one.
+        random_init: take only the shapes of pretrained backbones; their weights are not even looked for.
+        quantize: as for `load`.
+
+    Raises:
+        ValueError: for settings that do not go together or backbones that cannot be loaded.
+    """
+    if recipe.start is not None:
+        return load(recipe.start, recipe.dtype, quantize)
+    if quantize:
+        raise ValueError("lora.quantize needs a trained model to start from; set model.start.")
+    if isinstance(recipe.vision, str) != isinstance(recipe.text, str):
+        raise ValueError("model.vision and model.text must both be pretrained (names) or both new (settings).")
+    if isinstance(recipe.vision, str) and random_init:
+        model, processor = _from_settings(replace(recipe, **_shapes(recipe)), texts)
+    elif isinstance(recipe.vision, str):
+        try:
+            processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text)
+            model = PrefixVLMForConditionalGeneration.from_backbones(
+                recipe.vision, recipe.text, dtype=dtype_named(recipe.dtype), **recipe.config
+            )
+        except OSError as error:
+            raise ValueError(f"A backbone cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+    else:
+        model, processor = _from_settings(recipe, texts)
+    tokenizer = processor.tokenizer
+    ends = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = ends
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, processor
+
+
+def _shapes(recipe: ModelRecipe) -> dict:
+    """The configurations of two named backbones, as a recipe's `vision` and `text`; the paper's pair is known by heart."""
+    if (recipe.vision, recipe.text) == PAPER_PAIR:
+        config = PrefixVLMConfig.from_preset("paper")
+        vision, text = config.vision_config, config.text_config
+    else:
+        try:
+            vision, text = AutoConfig.from_pretrained(recipe.vision), AutoConfig.from_pretrained(recipe.text)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The shape of a backbone cannot be read ({' '.join(str(error).split())[:200]}).") from error
+        vision = getattr(vision, "vision_config", vision)
+    return {"vision": vision.to_dict(), "text": text.to_dict(), "tokenizer": recipe.tokenizer or recipe.text}
+
+
+def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
+    if isinstance(recipe.tokenizer, dict):
+        unknown = set(recipe.tokenizer) - {"vocab_size"}
+        if unknown:
+            raise ValueError(f"model.tokenizer: unknown key {', '.join(sorted(unknown))}; only vocab_size is known.")
+        tokenizer = train_tokenizer(texts, **recipe.tokenizer)
+    elif recipe.tokenizer:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model.tokenizer {recipe.tokenizer} cannot be loaded ({' '.join(str(error).split())[:200]})."
+            ) from error
+        tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
+        tokenizer.padding_side = "left"
+    else:
+        raise ValueError("model.tokenizer is needed for a model with random weights; name one, or give a vocab_size.")
+    text = {"tie_word_embeddings": True, **recipe.text}
+    text["vocab_size"] = max(len(tokenizer), text.get("vocab_size", 0))
+    text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = PrefixVLMConfig(
+        vision_config=recipe.vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        **recipe.config,
+    )
+    scale = {"image_mean": recipe.image_mean, "image_std": recipe.image_std}
+    processor = PrefixVLMProcessor(
+        siglip_image_processor(config.vision_config.image_size, **{k: v for k, v in scale.items() if v is not None}),
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+    )
+    return PrefixVLMForConditionalGeneration(config).to(dtype_named(recipe.dtype)), processor
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with the tokens of our conversations, learnt from `texts`; any text can be encoded."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = [END_TOKEN, IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN, NOISE_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+        mask_token=NOISE_TOKEN,
+        additional_special_tokens=[IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

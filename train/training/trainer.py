@@ -1,0 +1,258 @@
+"""transformers' Trainer with one learning rate a module, the paper's cosine, our data order, and a log that says more."""
+
+import math
+import re
+import time
+from functools import partial
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
+
+from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
+from prefixvlm.train.data.order import EpochSampler, OrderedSamples, StreamedSamples
+from prefixvlm.train.recipes.stages import MODULES, Stage
+from prefixvlm.train.training.checkpoints import SealCheckpoints
+from prefixvlm.train.training.cost import gradient_norms, peak_memory, peak_rate, training_flops
+
+COUNTS = ("samples", "tokens", "squared_lengths", "slots", "supervised", "images", "encoded_images")
+LOSSES = ("loss_noised", "loss_clean")  # of stage 0
+
+
+def module_of(parameter_name: str) -> str:
+    """Which of `MODULES` a parameter belongs to, also below the prefixes that wrappers (PEFT, DDP) put before it."""
+    found = re.search(rf"(?:^|\.)({'|'.join(MODULES)})\.", parameter_name)
+    if found is None:
+        raise ValueError(f"The parameter {parameter_name} belongs to none of {', '.join(MODULES)}.")
+    return found[1]
+
+
+def cosine_with_floor(step: int, warmup_steps: int, total_steps: int, floor: float) -> float:
+    """The factor on a learning rate: a linear rise, then half a cosine from 1 down to `floor` at `total_steps`."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class StageTrainer(Trainer):
+    """Trains a PrefixVLM for one `Stage`.
+
+    Freezes what the stage freezes, gives every trainable parameter the rate of its module (with and without weight decay
+    apart), lets every rate end at exactly `stage.min_lr`, and computes logits at supervised positions only. Beside what
+    `Trainer` logs there are rates and gradient norms (before clipping) of each module, throughput, MFU and peak memory.
+
+    Args:
+        stage: the stage; its rates and schedule win over those of `args`.
+        feature_cache: the `FeatureCache` that the collator looks images up in, if any.
+        args, kwargs: as for `Trainer`.
+    """
+
+    def __init__(self, model, stage: Stage, args, feature_cache=None, **kwargs):
+        stage.prepare(model)
+        self.stage = stage
+        self.feature_cache = feature_cache
+        super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(SealCheckpoints())
+        self.add_callback(_BeforeEveryStep(self))
+        self._meter = _Meter()
+        self._peak_rate = None
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.args.bf16:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # accelerate's own policy would also sum the gradients, and return the loss, in bfloat16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        if self.is_sharded and self.feature_cache is not None:
+            # which images have to be encoded differs from process to process, and encoding would take all of them
+            raise ValueError("Sharded weights and a feature cache do not go together; leave out feature_cache_gb.")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are or may be spread over the processes, so that none of them has a whole model."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def create_optimizer(self, model=None):
+        """AdamW over groups (module, decay or not); each trainable parameter is in exactly one, no frozen one in any."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((module_of(name), name in decayed), []).append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            options["betas"] = (self.stage.beta1, self.stage.beta2)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.stage.learning_rates[module],
+                        "weight_decay": self.stage.weight_decay if decay else 0.0,
+                        "module": module,
+                    }
+                    for (module, decay), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Cosine decay to `stage.min_lr` in every group, whatever its rate.
+
+        transformers' own `cosine_with_min_lr` has one ratio for all groups, so all floors but one would come out wrong.
+        """
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            warmup_steps = math.ceil(self.stage.warmup * num_training_steps)
+            factors = [
+                partial(
+                    cosine_with_floor,
+                    warmup_steps=warmup_steps,
+                    total_steps=num_training_steps,
+                    floor=self.stage.min_lr / group["lr"],
+                )
+                for group in optimizer.param_groups
+            ]
+            self.lr_scheduler = LambdaLR(optimizer, factors)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset=None):
+        samples = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(samples, OrderedSamples):
+            return super()._get_train_sampler(train_dataset)
+        processes, device_batch = self.args.world_size, self.args.train_batch_size
+        self.sampler = EpochSampler(samples, self.stage.batch_size, device_batch * processes if processes > 1 else 1)
+        return self.sampler
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, StreamedSamples):
+            return super().get_train_dataloader()
+        # a stream deals its samples out to the processes by itself; accelerate would deal them out once more
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        is_noised = inputs.pop("is_noised", None)
+        self._meter.add_batch(inputs)
+        if "image_keys" in inputs:
+            encode = self.accelerator.unwrap_model(model).get_vision_features
+            inputs["vision_features"] = self.feature_cache.complete(inputs, encode)
+        inputs = {**inputs, "use_cache": False, "skip_logits": True}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if is_noised is not None:
+            # in the order of token_losses: row by row, where a token is asked for
+            targets_noised = is_noised[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
+            self._meter.add("loss_noised", outputs.token_losses[targets_noised])
+            self._meter.add("loss_clean", outputs.token_losses[~targets_noised])
+        return (loss, outputs) if return_outputs else loss
+
+    def before_epoch(self) -> None:
+        """Tells the sampler which epoch it is, which an interrupted run has to know too."""
+        if hasattr(self, "sampler"):
+            self.sampler.epoch = math.floor(self.state.epoch + 1e-6)
+
+    def before_step(self) -> None:
+        """Keeps the gradients' norms for the log, while there are gradients."""
+        if (self.state.global_step + 1) % self.args.logging_steps == 0 or self.args.logging_first_step:
+            self._gradient_norms = gradient_norms(self.model.named_parameters(), module_of)
+
+    def leave_out_of_throughput(self, seconds: float) -> None:
+        """Does as if so much less time had gone by since the last log."""
+        self._meter.started += seconds
+
+    def log(self, logs, *args, **kwargs):
+        """Adds to what is logged in training: rates, gradient norms, stage 0's two losses, throughput, MFU and memory."""
+        if "learning_rate" in logs:
+            logs |= {f"learning_rate/{group['module']}": group["lr"] for group in self.optimizer.param_groups}
+            logs |= self._norms_before_clipping(logs.get("grad_norm"))
+            logs |= self._throughput()
+        super().log(logs, *args, **kwargs)
+
+    def _norms_before_clipping(self, total: float | None) -> dict[str, float]:
+        # seen after clipping, which has scaled all alike; what it started from was their root sum of squares
+        norms = self.__dict__.pop("_gradient_norms", {})
+        clipped = math.sqrt(sum(norm**2 for norm in norms.values()))
+        scale = total / clipped if total and clipped else 1.0
+        return {f"grad_norm/{module}": norm * scale for module, norm in norms.items()}
+
+    def _throughput(self) -> dict[str, float]:
+        sums, seconds = self._meter.read()
+        sums = {name: float(self.accelerator.reduce(value.to(self.args.device))) for name, value in sums.items()}
+        logs = {name: sums[name] / sums[f"{name}_count"] for name in LOSSES if sums[f"{name}_count"]}
+        logs["samples_per_second"] = sums["samples"] / seconds
+        logs["tokens_per_second"] = sums["tokens"] / seconds
+        logs["real_token_share"] = sums["tokens"] / max(1.0, sums["slots"])
+        if self._peak_rate is None:
+            self._peak_rate = peak_rate(self.args.device, torch.bfloat16 if self.args.bf16 else self.model.dtype) or 0.0
+        if self._peak_rate:
+            trains = {module: rate > 0 for module, rate in self.stage.learning_rates.items()}
+            counts = {name: sums[name] for name in COUNTS if name not in ("samples", "slots")}
+            flops = training_flops(self.accelerator.unwrap_model(self.model), trains, **counts)
+            logs["mfu"] = flops / seconds / (self._peak_rate * self.args.world_size)
+        logs["peak_memory_gib"] = peak_memory(self.args.device) / 2**30
+        return logs
+
+
+class _BeforeEveryStep(TrainerCallback):
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.before_epoch()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.before_step()
+
+
+class _Meter:
+    """Sums over the batches since it was last read, kept on the device until then."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums = {name: torch.zeros(()) for name in (*COUNTS, *LOSSES, *(f"{n}_count" for n in LOSSES))}
+        self.started = time.perf_counter()
+
+    def read(self) -> tuple[dict[str, torch.Tensor], float]:
+        """The sums and the seconds they were gathered in; starts anew."""
+        sums, seconds = self.sums, time.perf_counter() - self.started
+        self.clear()
+        return sums, seconds
+
+    def add(self, name: str, losses: torch.Tensor) -> None:
+        self._add(name, losses.sum())
+        self._add(f"{name}_count", losses.numel())
+
+    def add_batch(self, inputs: dict) -> None:
+        lengths = _sample_lengths(inputs["attention_mask"], inputs.get("document_ids"))
+        self._add("samples", lengths.numel())
+        self._add("tokens", lengths.sum())
+        self._add("squared_lengths", lengths.float().square().sum())
+        self._add("slots", inputs["attention_mask"].numel())
+        self._add("supervised", (inputs["labels"] != IGNORE_INDEX).sum())
+        encoded = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        self._add("encoded_images", encoded)
+        self._add("images", len(inputs.get("image_keys", range(encoded))))
+
+    def _add(self, name: str, value) -> None:
+        self.sums[name] = self.sums[name] + value
+
+
+def _sample_lengths(attention_mask: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """(S,) tokens of each sample of a batch."""
+    if document_ids is None:
+        return attention_mask.sum(dim=-1)
+    rows = torch.arange(len(document_ids), device=document_ids.device)[:, None]
+    samples = rows * (document_ids.max() + 1) + document_ids
+    return torch.unique(samples[attention_mask.bool()], return_counts=True)[1]

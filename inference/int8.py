@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .cpu_products_prefix_vlm import bf16_is_emulated
+from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import bf16_is_emulated
 
 MAX_PACKED_ROWS = 8  # with more, converting the weights back pays
 PACKED_WIDTH = 16  # torch reads beyond the end of other widths where the CPU has AVX-512, and may end the process

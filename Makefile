@@ -12,6 +12,9 @@ BENCH_ARGS ?=
 # folder with the data sets of the studies (docs/EVIDENCE.md); without it only those on easy-VQA are run
 DATA ?=
 
+# below the package's own name, which setup.cfg gives to interface/
+ROOMS = configuration modeling_vlm processing inference train
+
 .PHONY: quickstart test bench evidence lint clean
 
 quickstart: $(VENV)/installed
@@ -29,6 +32,8 @@ evidence: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	mkdir -p build/types/prefixvlm && ln -sfn $(CURDIR)/interface/*.py $(addprefix $(CURDIR)/,$(ROOMS)) build/types/prefixvlm/
+	MYPYPATH=build/types $(VENV)/bin/mypy
 
 # torch goes first and by name: asked for by a range, pip may fetch gigabytes of another build
 .venv/installed .venv-transformers5/installed: $(CONSTRAINTS) setup.cfg pyproject.toml

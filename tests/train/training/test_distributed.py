@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
 def torchrun(processes, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1] / "helpers"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2] / "helpers"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

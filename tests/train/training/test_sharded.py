@@ -22,7 +22,7 @@ from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.order import EpochSampler, OrderedSamples, StreamedSamples
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-CONFIGS = Path(prefixvlm.train.recipes.schema.__file__).with_name("recipes") / "accelerate"
+CONFIGS = Path(prefixvlm.train.recipes.schema.__file__).with_name("accelerate")
 KINDS = {
     "ddp": DistributedType.MULTI_GPU,
     "fsdp2": DistributedType.FSDP,
@@ -41,7 +41,7 @@ for folder in sys.argv[1:]:
 
 
 def run(*arguments, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1] / "helpers"), "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2] / "helpers"), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -23,7 +23,7 @@ from prefixvlm.train.evaluation.metrics.coco_caption import scores as caption_mo
 from prefixvlm.train.evaluation.metrics.coco_caption.scores import DEFAULT, CaptionScores, caption_scores
 
 FOLDER = Path(caption_module.__file__).parent
-REAL = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "coco_metrics"
+REAL = Path(__file__).resolve().parents[4].parent / "shared" / "data" / "coco_metrics"
 
 # captions of which the reference's tokenizer can keep the lines
 PREDICTIONS = [

@@ -18,8 +18,6 @@ from prefixvlm.train.evaluation import text_loss as module
 from prefixvlm.train.evaluation.text_loss import (
     RowLosses,
     load_language_model,
-    read_texts,
-    sign_flip_p_value,
     summarise,
     text_loss,
 )
@@ -176,61 +174,9 @@ def test_sets_of_other_lengths_are_not_paired():
     assert summarise({"a": losses([1, 2]), "b": losses([1, 2, 3])})["pairs"] == []
 
 
-def test_p_value_of_no_difference_is_1_and_of_a_clear_one_as_small_as_the_draws_allow():
-    assert sign_flip_p_value(np.zeros(9)) == 1
-    assert sign_flip_p_value(np.full(60, 0.1)) == pytest.approx(1 / 10_001)
-
-
-KEYS = st.text(st.sampled_from("ab."), min_size=1, max_size=4)
-
-
-@given(st.lists(KEYS, min_size=1, max_size=4))
-def test_a_dotted_path_leads_through_keys_that_have_dots(keys):
-    row = "found"
-    for key in reversed(keys):
-        row = {key: row, "other": "not it"}
-    assert module._texts(row, ".".join(keys)) == ["found"]
-
-
 def write(path, rows) -> str:
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return str(path)
-
-
-def test_texts_of_each_kind_of_file(tmp_path):
-    rows = [{"text": "one", "machine": {"A-2017": ["two", "three"]}}, {"text": "four", "machine": {"A-2017": "five"}}]
-    lines = write(tmp_path / "rows.jsonl", rows)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    # a byte order mark, a blank line, and a line separator, which ends no line of JSON or text
-    (tmp_path / "plain.txt").write_bytes("\ufeffone\r\n\r\nfo\u2028ur\n".encode())
-    assert read_texts(f"a={lines}").rows == [["one"], ["four"]]
-    assert read_texts(f"a={lines}:machine.A-2017").rows == [["two", "three"], ["five"]]
-    assert read_texts(f"a={tmp_path}/rows.json:machine.A-2017").rows == [["two", "three"], ["five"]]
-    plain = read_texts(f"a={tmp_path}/plain.txt")
-    assert plain.rows == [["one"], ["fo\u2028ur"]]
-    assert plain.where == [f"{tmp_path}/plain.txt, line 1", f"{tmp_path}/plain.txt, line 3"]
-
-
-def test_rows_without_text_are_left_out_of_all_sets_that_are_paired(tmp_path):
-    rows = [{"a": "one", "b": "x"}, {"a": ["two", ""], "b": " "}, {"a": [], "b": "z"}, {"a": "four", "b": "w"}]
-    file, short = write(tmp_path / "rows.jsonl", rows), write(tmp_path / "short.jsonl", [{"a": ""}, {"a": "five"}])
-    paired = [read_texts(f"{key}={file}:{key}") for key in "ab"]
-    assert module.leave_out_empty_rows(paired) == {"a": 2, "b": 2}
-    assert [texts.rows for texts in paired] == [[["one"], ["four"]], [["x"], ["w"]]]
-    assert [place[-1] for place in paired[0].where] == ["1", "4"]
-    apart = [read_texts(f"long={file}:a"), read_texts(f"short={short}:a")]
-    assert module.leave_out_empty_rows(apart) == {"long": 1, "short": 1}
-    assert apart[0].rows == [["one"], ["two"], ["four"]]
-    never = write(tmp_path / "never.jsonl", [{"a": "", "b": "x"}, {"a": "x", "b": ""}])
-    with pytest.raises(ValueError, match="--text a: no row"):
-        module.leave_out_empty_rows([read_texts(f"{key}={never}:{key}") for key in "ab"])
-
-
-def test_a_colon_of_the_path_is_no_key(tmp_path):
-    odd = write(tmp_path / "C:set=1:x.jsonl", [{"text": "one", "ai": "two"}])
-    assert read_texts(f"a={odd}").rows == [["one"]]
-    found = read_texts(f"a={odd}:ai")
-    assert (found.name, found.file, found.key, found.rows) == ("a", odd, "ai", [["two"]])
 
 
 @pytest.fixture(scope="module")
@@ -308,18 +254,18 @@ def test_the_command_reports_and_writes(saved, tmp_path, capsys, name):
         ("lm", ["a={0}/table.csv"], ["table.csv", ".jsonl"]),
         ("lm", ["a={0}/plain.txt:human"], ["plain.txt", "keys", "human"]),
         ("lm", ["a={0}/latin.txt"], ["latin.txt", "UTF-8"]),
-        ("lm", ["a={0}/broken.jsonl"], ["broken.jsonl, line 2", "JSON"]),
+        ("lm", ["a={0}/broken.jsonl"], ["broken.jsonl, row 2", "JSON"]),
         ("lm", ["a={0}/broken.json"], ["broken.json", "JSON"]),
         ("lm", ["a={0}/object.json"], ["object.json", "list"]),
-        ("lm", ["a={0}/list.jsonl"], ["list.jsonl, line 1", "object"]),
-        ("lm", ["a={0}/hole.jsonl:human"], ["hole.jsonl, line 4", "'human'", "ai"]),
-        ("lm", ["a={0}/rows.jsonl:machine.b"], ["rows.jsonl, line 1", "'machine.b'"]),
-        ("lm", ["a={0}/rows.jsonl:machine.n"], ["rows.jsonl, line 1", "'machine.n'", "7"]),
-        ("lm", ["a={0}/rows.jsonl:machine"], ["rows.jsonl, line 1", "neither a text"]),
+        ("lm", ["a={0}/list.jsonl"], ["list.jsonl, row 1", "object"]),
+        ("lm", ["a={0}/hole.jsonl:human"], ["hole.jsonl, row 4", "'human'", "ai"]),
+        ("lm", ["a={0}/rows.jsonl:machine.b"], ["rows.jsonl, row 1", "'machine.b'"]),
+        ("lm", ["a={0}/rows.jsonl:machine.n"], ["rows.jsonl, row 1", "'machine.n'", "7"]),
+        ("lm", ["a={0}/rows.jsonl:machine"], ["rows.jsonl, row 1", "neither a text"]),
         ("lm", ["a={0}/rows.jsonl:blank"], ["rows.jsonl", "no text"]),
         ("lm", ["a={0}/empty.txt"], ["empty.txt", "no text"]),
         ("lm", ["a={0}/empty_list.jsonl"], ["empty_list.jsonl", "no text"]),
-        ("lm", ["a={0}/letter.jsonl"], ["letter.jsonl, line 2", "no token to predict"]),
+        ("lm", ["a={0}/letter.jsonl"], ["letter.jsonl, row 2", "no token to predict"]),
         ("lm", ["a={0}/plain.txt", "a={0}/rows.jsonl:human"], ["'a'", "two sets"]),
         ("nothing", ["a={0}/plain.txt"], ["nothing", "no language model"]),
         ("vision", ["a={0}/plain.txt"], ["vision", "no language model"]),

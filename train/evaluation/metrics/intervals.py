@@ -1,18 +1,20 @@
 """Confidence intervals of scores, by drawing the images or questions again (the percentile bootstrap, Efron 1979)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 
 def bootstrap(
-    resampled: Callable[[np.ndarray], dict[str, float | int]],
+    resampled: Callable[[np.ndarray], Mapping[str, float | int]],
     count: int,
     samples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
     """The interval of each score that holds the middle `level` of its values over resamples.
+
+    Not scipy's `bootstrap`, which gives no interval at all where one resample lacks a score, and refuses a single item.
 
     Args:
         resampled: gives the scores of the items whose indices it gets; integers among them are counts and have no interval.
@@ -38,4 +40,5 @@ def bootstrap(
             if not isinstance(value, int):
                 values.setdefault(name, []).append(value)
     tails = [(1 - level) / 2, (1 + level) / 2]
-    return {name: tuple(float(bound) for bound in np.quantile(found, tails)) for name, found in values.items()}
+    bounds = {name: np.quantile(found, tails) for name, found in values.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}

@@ -1,11 +1,11 @@
 """Many questions about one image: `EncodedImages` against a prompt of its own for each question."""
 
-import torch
 from PIL import Image
 
 from benchmarks import common
 from benchmarks.common import Place, alternate, emit, ratio, summary
 from prefixvlm import EncodedImages, PrefixVLMProcessor
+from prefixvlm.inference.asking import generate_texts, prompt_inputs, user_messages
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
 from prefixvlm.train.training.starting_model import train_tokenizer
 
@@ -55,18 +55,9 @@ def run(place: Place) -> list[dict]:
 
 
 def ask(model, processor, picture, question: str) -> str:
-    """As README shows it."""
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    """The answer to a prompt of its own."""
+    inputs = prompt_inputs(processor, [user_messages([picture], question)])
+    return generate_texts(model, processor, inputs, max_new_tokens=NEW_TOKENS)[0]
 
 
 def processor_for(model) -> PrefixVLMProcessor:

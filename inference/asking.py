@@ -1,43 +1,67 @@
-"""One answer about one picture, as it is being written."""
+"""Asking a model: prompts as its inputs, and what it generates after them as text, whole or piece by piece.
 
-from collections.abc import Iterator
+Shapes: B prompts, T tokens, I images.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Thread
 
-from transformers import TextIteratorStreamer
+import torch
+from transformers import BatchFeature, TextIteratorStreamer
 
 
-def stream_answer(model, processor, image, question: str | None, max_new_tokens: int) -> Iterator[str]:
-    """Yields the pieces of a greedy answer, or of a caption where there is no question.
+def user_messages(images: Sequence, question: str) -> list[dict]:
+    """A conversation of one turn: a question about images, each anything that `load_image` opens."""
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
-    Args:
-        image: anything `load_image` opens.
+
+def prompt_inputs(processor, conversations: list[list[dict]]) -> BatchFeature:
+    """What a model needs to answer conversations that end with a user turn.
+
+    Returns:
+        `input_ids` and `attention_mask` (B, T), padded on the left; `pixel_values` (I, C, H, W) if there are images.
 
     Raises:
         ValueError: for an image that cannot be used.
     """
-    if question:
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        inputs = processor(images=image, text="", return_tensors="pt")
+    return processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, **_tensors(conversations)
+    )
+
+
+def caption_inputs(processor, images: list[Sequence]) -> BatchFeature:
+    """What a model needs to caption the images of each prompt: captions are asked for without a chat template.
+
+    Returns and raises as `prompt_inputs`.
+    """
+    return processor(images=images, text=[""] * len(images), **_tensors(images))
+
+
+def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], **generation) -> list[str]:
+    """What a model generates after each prompt, without special tokens.
+
+    Args:
+        model: a PrefixVLM; it is put into evaluation mode, and left in it.
+        inputs: of the model, for prompts padded on the left.
+        generation: further arguments of `generate`; by default the search is greedy.
+    """
+    # a bidirectional (stage 0) model cannot use a cache
+    defaults = {"do_sample": False, "use_cache": model.config.attention_mode != "bidirectional"}
+    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with torch.inference_mode():
+        output = model.eval().generate(**on_device, **{**defaults, **generation})
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generation) -> Iterator[str]:
+    """Yields the pieces of the text after a single prompt while it is generated; arguments as for `generate_texts`."""
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     errors = []
 
-    def generate():
+    def generate() -> None:
         try:
-            model.eval().generate(
-                **inputs.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=model.config.attention_mode != "bidirectional",  # a stage 0 model cannot use one
-                streamer=streamer,
-            )
+            generate_texts(model, processor, inputs, streamer=streamer, **generation)
         except Exception as error:  # whatever it is, the reader of the stream must not wait for ever
             errors.append(error)
             streamer.end()
@@ -48,3 +72,25 @@ def stream_answer(model, processor, image, question: str | None, max_new_tokens:
     thread.join()
     if errors:
         raise errors[0]
+
+
+def stream_answer(model, processor, image, question: str | None, max_new_tokens: int) -> Iterator[str]:
+    """Yields the pieces of a greedy answer to a question about an image, or of a caption where there is no question.
+
+    Args:
+        image: anything that `load_image` opens.
+
+    Raises:
+        ValueError: for an image that cannot be used.
+    """
+    if question:
+        inputs = prompt_inputs(processor, [user_messages([image], question)])
+    else:
+        inputs = caption_inputs(processor, [[image]])
+    yield from stream_text(model, processor, inputs, max_new_tokens=max_new_tokens)
+
+
+def _tensors(prompts: Sequence) -> dict:
+    """Arguments of the processor; a single prompt needs no token to pad with."""
+    padding = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
+    return {"return_tensors": "pt", **padding}

@@ -7,6 +7,8 @@ import copy
 
 import torch
 
+from prefixvlm.inference.asking import generate_texts, user_messages
+
 
 class EncodedImages:
     """One image or more that a model has read, ready for questions.
@@ -57,7 +59,7 @@ class EncodedImages:
         for name in ("num_return_sequences", "return_dict_in_generate", "generation_config"):
             if name in generation:
                 raise ValueError(f"ask gives one text for each question; leave out {name}, or call generate yourself.")
-        generation = {"num_beams": 1, "max_new_tokens": max_new_tokens, "do_sample": False, **generation}
+        generation = {"num_beams": 1, "max_new_tokens": max_new_tokens, **generation}
         rests = []
         for question in questions:
             _, ids = self._prompt(question)
@@ -68,20 +70,18 @@ class EncodedImages:
         width, shared = max(map(len, rests)), self._beginning.shape[1]
         pad_token_id = self.processor.tokenizer.pad_token_id or 0
         # what is padded lies between the shared beginning and the rest, so that all answers start at the same place
-        ids = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=self.model.device)
-        real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=self.model.device)
-        output = self.model.generate(
-            input_ids=torch.cat([self._beginning.expand(len(ids), -1), ids], dim=1),
-            attention_mask=torch.cat([real.new_ones(len(ids), shared), real], dim=1),
-            past_key_values=self._copied(len(ids) * generation["num_beams"]),
-            **generation,
-        )
-        return self.processor.batch_decode(output[:, shared + width :], skip_special_tokens=True)
+        padded = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=self.model.device)
+        is_real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=self.model.device)
+        inputs = {
+            "input_ids": torch.cat([self._beginning.expand(len(rests), -1), padded], dim=1),
+            "attention_mask": torch.cat([is_real.new_ones(len(rests), shared), is_real], dim=1),
+        }
+        cache = self._copied(len(rests) * generation["num_beams"])
+        return generate_texts(self.model, self.processor, inputs, past_key_values=cache, **generation)
 
     def _prompt(self, question: str) -> tuple[str, list[int]]:
         """The prompt as text and as ids, each image one token."""
-        content = [*({"type": "image"} for _ in self.images), {"type": "text", "text": question}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = self.processor.apply_chat_template(user_messages(self.images, question), add_generation_prompt=True)
         return text, self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _copied(self, rows: int):

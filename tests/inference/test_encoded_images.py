@@ -6,6 +6,7 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from prefixvlm import EncodedImages
+from prefixvlm.inference.asking import generate_texts, prompt_inputs, user_messages
 
 QUESTIONS = ["red?", "what shape is it", "", "is there an <|image_pad|> or <|im_end|>?", "red?"]
 NEW_TOKENS = 6
@@ -16,16 +17,8 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def separately(model, processor, images, question: str, **generation) -> str:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    output = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **generation})
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    inputs = prompt_inputs(processor, [user_messages(images, question)])
+    return generate_texts(model, processor, inputs, max_new_tokens=NEW_TOKENS, **generation)[0]
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -1,14 +1,11 @@
-"""Answers to many questions about images, and captions of many images, by real generation in batches of similar length.
-
-Shapes: B batch, T tokens.
-"""
+"""Answers to many questions about images, and captions of many images, generated in batches of similar length."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from tqdm.auto import tqdm
 
+from prefixvlm.inference.asking import caption_inputs, generate_texts, prompt_inputs
 from prefixvlm.train.data.conversation import Conversation
 
 
@@ -45,7 +42,6 @@ def answer(model, processor, questions: list[Conversation], show_progress: bool 
     return texts
 
 
-@torch.inference_mode()
 def answers(
     model, processor, questions, indices: Iterable[int], decoding: Decoding, show_progress: bool = True
 ) -> Iterator[list[tuple[int, str]]]:
@@ -60,9 +56,8 @@ def answers(
     Raises:
         ValueError: for an image that cannot be opened, naming its sample.
     """
-    model.eval()
     # captions are asked for without a chat template, so the two kinds cannot share a batch
-    kinds = {True: [], False: []}
+    kinds: dict[bool, list[int]] = {True: [], False: []}
     for index in sorted(indices, key=lambda index: _length(questions[index]), reverse=True):
         kinds[_is_caption(questions[index])].append(index)
     batches = [
@@ -71,15 +66,10 @@ def answers(
         for start in range(0, len(kind), decoding.batch_size)
     ]
     for chosen in tqdm(batches, desc="Answering", unit="batch", disable=None if show_progress else True):
-        inputs = _inputs(processor, [questions[index] for index in chosen]).to(model.device)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=decoding.max_new_tokens,
-            num_beams=decoding.num_beams,
-            do_sample=False,
-            use_cache=model.config.attention_mode != "bidirectional",  # a stage 0 model cannot use one
+        inputs = _inputs(processor, [questions[index] for index in chosen])
+        texts = generate_texts(
+            model, processor, inputs, max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams
         )
-        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         yield [(index, text.strip()) for index, text in zip(chosen, texts, strict=True)]
 
 
@@ -104,8 +94,6 @@ def _inputs(processor, questions: list[Conversation]):
 
 
 def _prepared(processor, questions: list[Conversation]):
-    padded = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     if _is_caption(questions[0]):
-        return processor(images=[question.images for question in questions], text=[""] * len(questions), **padded)
-    messages = [question.messages() for question in questions]
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, **padded)
+        return caption_inputs(processor, [question.images for question in questions])
+    return prompt_inputs(processor, [question.messages() for question in questions])

@@ -16,6 +16,8 @@ from lmms_eval.protocol import ChatMessages
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from prefixvlm.inference.asking import generate_texts, prompt_inputs
+
 NAME = "prefixvlm"
 SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -71,28 +73,19 @@ class PrefixVLM(lmms):
         _, doc_to_messages, _, doc_id, task, split = request.args
         return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
 
-    @torch.inference_mode()
     def _generate(self, messages: list[list[dict]], until=None, do_sample: bool = True, **settings) -> list[str]:
         """`settings` that transformers does not know, such as those of other models' images, are left out."""
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(self.device)
         # tasks ask for greedy answers by either of the two, and some name a temperature that then does not count
         do_sample = bool(do_sample and settings.get("temperature"))
-        output = self.model.generate(
-            **inputs,
+        texts = generate_texts(
+            self.model,
+            self.processor,
+            prompt_inputs(self.processor, messages),
             max_new_tokens=settings.get("max_new_tokens") or self.max_new_tokens,
             num_beams=settings.get("num_beams") or 1,
             do_sample=do_sample,
             **{name: settings.get(name) if do_sample else None for name in SAMPLING},
         )
-        texts = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         stops = [until] if isinstance(until, str) else until or []
         for stop in filter(None, stops):
             texts = [text.partition(stop)[0] for text in texts]
@@ -107,9 +100,7 @@ class PrefixVLM(lmms):
 
 def register() -> None:
     """Makes the model `prefixvlm` known to lmms-eval in this process."""
-    path = (
-        f"prefixvlm.train.evaluation.lmms_eval.{PrefixVLM.__name__}"  # not __main__, as it is where this file is run
-    )
+    path = f"prefixvlm.train.evaluation.lmms_eval.{PrefixVLM.__name__}"  # not __main__, as it is where this file is run
     MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, chat_class_path=path), overwrite=True)
 
 

@@ -1,12 +1,17 @@
 """The four training stages of the paper, as data: who trains, how fast, on what, under which mask."""
 
-from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
-MODULES = ("vision_tower", "projector", "language_model")
-TEXT_FORMATS = ("caption", "conversation")
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from prefixvlm.train.recipes.checking import STRICT, AtLeastOne, NotNegative, Positive, Share
+
+Module = Literal["vision_tower", "projector", "language_model"]
+MODULES: tuple[Module, ...] = get_args(Module)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Stage:
     """One stage of arXiv 2503.19508, section III-D, with the learning rates of Table V and the settings of section IV-B.
 
@@ -24,40 +29,33 @@ class Stage:
         max_grad_norm: gradients are clipped to it; the paper clips, but does not say at what norm.
     """
 
-    number: int
-    attention_mode: str
-    text_format: str
-    vision_tower_lr: float
-    projector_lr: float
-    language_model_lr: float
-    noise: float = 0.0
-    epochs: float = 1.0
-    batch_size: int = 128
-    warmup: float = 0.0
-    min_lr: float = 1e-8
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0
+    number: Annotated[int, Field(ge=0, le=3)]
+    attention_mode: Literal["causal", "prefix", "prefix_all_images", "bidirectional"]
+    text_format: Literal["caption", "conversation"]
+    vision_tower_lr: NotNegative
+    projector_lr: NotNegative
+    language_model_lr: NotNegative
+    noise: Share = 0.0
+    epochs: Positive = 1.0
+    batch_size: AtLeastOne = 128
+    warmup: Share = 0.0
+    min_lr: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.01
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    max_grad_norm: NotNegative = 1.0
 
-    def __post_init__(self):
-        if self.text_format not in TEXT_FORMATS:
-            raise ValueError(
-                f"Stage {self.number}: text_format is {self.text_format!r}; choose {' or '.join(TEXT_FORMATS)}."
-            )
-        for name in ("vision_tower_lr", "projector_lr", "language_model_lr", "min_lr", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Stage {self.number}: {name} is {getattr(self, name)}; it must not be negative.")
-        if not any(self.learning_rates.values()):
-            raise ValueError(f"Stage {self.number}: all learning rates are 0, so nothing would train.")
-        for name in ("noise", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"Stage {self.number}: {name} is {getattr(self, name)}; it must lie in [0, 1).")
-        if self.epochs <= 0 or self.batch_size < 1:
-            raise ValueError(f"Stage {self.number}: epochs and batch_size must be positive.")
+    @model_validator(mode="after")
+    def _rates_go_together(self) -> "Stage":
+        rates = [rate for rate in self.learning_rates.values() if rate]
+        if not rates:
+            raise ValueError("all learning rates are 0, so nothing would train.")
+        if self.min_lr > min(rates):
+            raise ValueError(f"min_lr is {self.min_lr:g}; it must be at most the smallest learning rate, {min(rates):g}.")
+        return self
 
     @property
-    def learning_rates(self) -> dict[str, float]:
+    def learning_rates(self) -> dict[Module, float]:
         """The rate of each of `MODULES`."""
         return {module: getattr(self, f"{module}_lr") for module in MODULES}
 

@@ -1,11 +1,13 @@
 """The stages are the paper's, to the digit."""
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import pytest
 from tiny import tiny_model
 
-from prefixvlm.train.recipes.stages import MODULES, PAPER_STAGES
+from prefixvlm.configuration.configuration_prefix_vlm import ATTENTION_MODES
+from prefixvlm.train.recipes.stages import MODULES, PAPER_STAGES, Stage
 
 
 @pytest.mark.parametrize(
@@ -44,8 +46,16 @@ def test_prepare_trains_exactly_what_has_a_rate(number):
         {"epochs": 0},
         {"batch_size": 0},
         {"warmup": -0.1},
+        {"number": 4},
+        {"projector_lr": float("nan")},
+        {"attention_mode": "sideways"},
+        {"min_lr": 1.0},
     ],
 )
 def test_senseless_settings_are_refused(change):
-    with pytest.raises(ValueError, match="Stage 0: "):
+    with pytest.raises(ValueError, match="Stage"):
         dataclasses.replace(PAPER_STAGES[0], **change)
+
+
+def test_attention_modes_are_the_models():
+    assert get_args(get_type_hints(Stage)["attention_mode"]) == ATTENTION_MODES

@@ -1,0 +1,100 @@
+"""The settings of an evaluation, each declared once: for `prefixvlm evaluate` and for a recipe's `stages.N.evaluation`."""
+
+from typing import Literal, get_args
+
+from pydantic import ConfigDict
+
+from prefixvlm.train.recipes.checking import AtLeastOne, Checked, Dtype, Text
+
+TaskName = Literal["captions", "vqa", "flickr8k", "flickr30k", "coco", "pathvqa", "easy_vqa"]
+TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
+
+
+class Decoding(Checked):
+    """How texts are generated.
+
+    Attributes:
+        num_beams: 1 is greedy search.
+        max_new_tokens: where a text is cut.
+        batch_size: texts generated at once, of similar length.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    num_beams: AtLeastOne = 1
+    max_new_tokens: AtLeastOne = 8
+    batch_size: AtLeastOne = 256
+
+
+class EvaluationSettings(Checked):
+    """What a model is evaluated on, and how it generates.
+
+    Attributes:
+        task: one of `train/evaluation/tasks.py`.
+        data: rows of the test set: a file, folder, glob or Hub id.
+        images: the folder of its images; by default beside `data`.
+        split: of the rows.
+        texts, question, answer: a row's keys of the captions, of the question, and of the answer or answers; by default
+            the source's own.
+        prompt: asks for captions in these words; by default the image stands alone, as in stages 0 to 2.
+        num_beams, batch_size: as in `Decoding`.
+        max_new_tokens: as in `Decoding`; by default 64 for captions and 32 for answers.
+    """
+
+    task: TaskName
+    data: Text | None = None
+    images: Text | None = None
+    split: Text = "test"
+    texts: Text | None = None
+    question: Text | None = None
+    answer: Text | None = None
+    prompt: Text | None = None
+    num_beams: AtLeastOne = 1
+    max_new_tokens: AtLeastOne | None = None
+    batch_size: AtLeastOne = 32
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Those of `texts`, `question` and `answer` that are given."""
+        keys = {"texts": self.texts, "question": self.question, "answer": self.answer}
+        return {name: key for name, key in keys.items() if key is not None}
+
+    def decoding(self, default_max_new_tokens: int) -> Decoding:
+        """How texts are generated, of a kind of task that cuts them at `default_max_new_tokens` by default."""
+        return Decoding(
+            num_beams=self.num_beams,
+            max_new_tokens=default_max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+
+
+class EvaluationRecipe(EvaluationSettings):
+    """Evaluation in the middle of training.
+
+    Attributes:
+        every_steps: it happens every so many optimiser steps.
+        examples: how many of the test set's are asked, spread evenly and always the same.
+    """
+
+    every_steps: AtLeastOne
+    examples: AtLeastOne = 200
+
+
+class EvaluationRun(EvaluationSettings):
+    """The evaluation of a saved model, as `prefixvlm evaluate` does it.
+
+    Attributes:
+        model: folder or Hub id.
+        output: the folder that gets predictions, metrics and a gallery.
+        dtype: of the weights.
+        int8: read the decoder's weights as 8-bit integers.
+        limit: ask only so many of the examples, spread evenly; `None` for all.
+        table: print Table VI's layout, with the paper's row beside ours.
+    """
+
+    model: Text
+    output: Text
+    dtype: Dtype = "float32"
+    int8: bool = False
+    limit: AtLeastOne | None = None
+    table: bool = False

@@ -1,7 +1,6 @@
 """From a recipe's words about a model to the model and its processor."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -35,7 +34,7 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, 
     if isinstance(recipe.vision, str) != isinstance(recipe.text, str):
         raise ValueError("model.vision and model.text must both be pretrained (names) or both new (settings).")
     if isinstance(recipe.vision, str) and random_init:
-        model, processor = _from_settings(replace(recipe, **_shapes(recipe)), texts)
+        model, processor = _from_settings(recipe.model_copy(update=_shapes(recipe)), texts)
     elif isinstance(recipe.vision, str):
         try:
             processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text)

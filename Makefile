@@ -4,7 +4,12 @@ PYTHON ?= python3
 TRANSFORMERS ?= 4
 VENV = .venv$(if $(filter-out 4,$(TRANSFORMERS)),-transformers$(TRANSFORMERS))
 CONSTRAINTS = constraints-transformers$(TRANSFORMERS).txt
-PYTEST_ARGS ?= -m "not slow"
+
+# processes that test side by side, one thread each
+WORKERS ?= 2
+# such as tests/hub, or "-k mask"
+PYTEST_ARGS ?=
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # such as "--only decoding" or "--full"; python -m benchmarks --help
 BENCH_ARGS ?=
@@ -15,13 +20,20 @@ DATA ?=
 # below the package's own name, which setup.cfg gives to interface/
 ROOMS = configuration modeling_vlm processing inference train
 
-.PHONY: quickstart test bench evidence lint clean
+.PHONY: quickstart test nightly bench evidence lint clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/prefixvlm quickstart
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# every test, also those that take minutes, on one version of transformers and then on the other
+nightly:
+	$(MAKE) .venv/installed TRANSFORMERS=4
+	$(MAKE) .venv-transformers5/installed TRANSFORMERS=5
+	PREFIXVLM_OTHER_PYTHON=$(CURDIR)/.venv-transformers5/bin/python .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
+	PREFIXVLM_OTHER_PYTHON=$(CURDIR)/.venv/bin/python .venv-transformers5/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks $(BENCH_ARGS)

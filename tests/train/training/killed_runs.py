@@ -1,9 +1,13 @@
-"""Run by `test_resume.py`: kills a training run with SIGKILL at random moments, resumes it, and compares the weights.
+"""Run by `test_resume.py`: kills training runs with SIGKILL at random moments, resumes them, and compares the weights.
 
-Prints JSON, for each kill: the step of the newest checkpoint then, and whether the resumed run ended with the very weights
-of the run that nobody disturbed. Forks, so that torch is imported only once.
+    killed_runs.py FOLDER SEED KILLS RECIPE.yaml ...
+
+Prints JSON, for each recipe and each kill of it: the checkpoints there were, and whether the resumed run ended with the very
+weights of the run that nobody disturbed. Forks, so that everything is imported only once.
 """
 
+import functools
+import gc
 import json
 import os
 import random
@@ -12,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401 - each run would import it for itself
 import torch
 from safetensors.torch import load_file
 
 from prefixvlm.train.recipes.schema import load_recipe
+from prefixvlm.train.training import trainer
 from prefixvlm.train.training.run import run_recipe
 
 torch.set_num_threads(1)
@@ -51,14 +57,15 @@ def weights(output: Path) -> dict:
     }
 
 
-def main(recipe_path: str, folder: Path, seed: int, points: int) -> None:
+def killed(recipe_path: str, folder: Path, seed: int, kills: int) -> list[dict]:
+    folder.mkdir()
     started = time.perf_counter()
     finish(start(recipe_path, folder / "whole", resume=False))
     duration = time.perf_counter() - started
     expected = weights(folder / "whole")
     draw, results = random.Random(seed), []
-    for point in range(points):
-        output = folder / f"killed-{point}"
+    for kill in range(kills):
+        output = folder / f"killed-{kill}"
         child = start(recipe_path, output, resume=False)
         time.sleep(draw.uniform(0.1, 1.0) * duration)
         try:
@@ -70,8 +77,16 @@ def main(recipe_path: str, folder: Path, seed: int, points: int) -> None:
         found = weights(output)
         same = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
         results.append({"checkpoints": reached, "identical": same})
-    print(json.dumps(results))
+    return results
+
+
+def main(folder: Path, seed: int, kills: int, *recipes: str) -> None:
+    # what each run would measure for its log
+    trainer.peak_rate = functools.cache(trainer.peak_rate)
+    trainer.peak_rate(torch.device("cpu"), torch.float32)
+    gc.freeze()  # else each run goes through all that was imported, again and again
+    print(json.dumps({path: killed(path, folder / Path(path).stem, seed, kills) for path in recipes}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

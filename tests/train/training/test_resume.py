@@ -135,7 +135,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(stopped, tmp_path, damage, c
     assert newest_whole(partial) == partial / "checkpoint-2"
     run_recipe(load_recipe(str(stopped / "recipe.yaml"), [f"output={tmp_path / 'out'}"]), [0], resume=True)
     assert "checkpoint-4 is incomplete or damaged; trying the one before" in capfd.readouterr().err
-    found, expected = (load_file(output / "stage-0" / "model.safetensors") for output in (tmp_path / "out", stopped / "whole"))
+    found, expected = (
+        load_file(output / "stage-0" / "model.safetensors") for output in (tmp_path / "out", stopped / "whole")
+    )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

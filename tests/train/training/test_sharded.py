@@ -1,4 +1,4 @@
-"""What several processes share out: the weights under FSDP, the samples of a stream, the batches of an epoch."""
+"""Several processes train as one does, and share out: weights under FSDP, samples of a stream, batches of an epoch."""
 
 import json
 import os
@@ -46,62 +46,59 @@ def run(*arguments, **environment):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def run_sharded(*arguments):
-    config = ["--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", "2", "--main_process_port", "0"]
-    run("-m", "accelerate.commands.launch", *config, SCRIPT, *arguments)
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What one process leaves that trains three steps."""
-    folder = tmp_path_factory.mktemp("whole")
-    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", SCRIPT, "steps", folder, 4)
+def trained(tmp_path_factory):
+    """What three steps leave in `one` process, in `two`, and in two with a `sharded` model; and a `recipe` trained so."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = folder / "small.yaml"
+    recipe.write_text(yaml.safe_dump({**SMALL, "output": str(folder / "recipe")}))
+    shards = str(CONFIGS / "fsdp2.yaml")
+    jobs = {
+        "one": (1, None, ["steps", str(folder / "one"), "4"]),
+        "two": (2, None, ["steps", str(folder / "two"), "2"]),
+        "sharded": (2, shards, ["steps", str(folder / "sharded"), "2"]),
+        "recipe": (2, shards, ["train", str(recipe), "--stages", "0,2"]),
+    }
+    for name, job in jobs.items():
+        values = dict(zip(("processes", "sharded_by", "arguments"), job, strict=True))
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    run(SCRIPT, *(folder / f"{name}.json" for name in jobs))
     return folder
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """The same from two processes with a shard each."""
-    folder = tmp_path_factory.mktemp("sharded")
-    run_sharded("steps", folder, 2)
-    return folder
-
-
-def test_two_shards_equal_one_process(whole, sharded):
-    one, two = (json.loads((folder / "history.json").read_text()) for folder in (whole, sharded))
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_equal_one(trained, name):
+    one, two = (json.loads((trained / folder / "history.json").read_text()) for folder in ("one", name))
     assert len(one) == 3
     for entry, other in zip(one, two, strict=True):
-        norms = [name for name in entry if name.startswith("grad_norm")]
+        norms = [key for key in entry if key.startswith("grad_norm")]
         assert len(norms) == 4
-        for name in ("loss", *norms):
-            assert other[name] == pytest.approx(entry[name], rel=2e-5), name
+        for key in ("loss", *norms):
+            assert other[key] == pytest.approx(entry[key], rel=2e-5), key
 
 
 @pytest.fixture(scope="module")
-def loaded(sharded, tmp_path_factory):
+def loaded(trained, tmp_path_factory):
     """The weights that a process without this package finds in what was saved."""
-    folders = {name: sharded / name for name in ("checkpoint-2", "final")}
+    folders = {name: trained / "sharded" / name for name in ("checkpoint-2", "final")}
     run("-c", LOAD, *folders.values(), HF_MODULES_CACHE=str(tmp_path_factory.mktemp("modules")))
     return {name: torch.load(folder / "loaded.pt") for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name", ["checkpoint-2", "final"])
-def test_what_shards_save_loads_through_the_auto_class(whole, loaded, name):
+def test_what_shards_save_loads_through_the_auto_class(trained, loaded, name):
     weights, before = loaded[name], tiny_model().state_dict()
-    for key, expected in load_file(whole / name / "model.safetensors").items():
+    for key, expected in load_file(trained / "one" / name / "model.safetensors").items():
         # a softmax does not see one bias of all keys, so its gradient is rounding, which Adam makes as large as any other
         if not key.endswith("k_proj.bias"):
             assert (expected - before[key]).abs().max() > 4e-6, key
             assert (weights[key] - expected).abs().max() < 1e-6, key
 
 
-def test_a_recipe_runs_sharded_stage_after_stage(tmp_path):
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "output": str(tmp_path / "out")}))
-    run_sharded("train", path, "--stages", "0,2")
+def test_a_recipe_runs_sharded_stage_after_stage(trained):
     shapes = []
     for number in (0, 2):
-        weights = load_file(tmp_path / "out" / f"stage-{number}" / "model.safetensors")
+        weights = load_file(trained / "recipe" / f"stage-{number}" / "model.safetensors")
         shapes.append({key: weight.shape for key, weight in weights.items()})
     assert shapes[0] == shapes[1]
 
@@ -120,8 +117,8 @@ class Numbers:
     def __init__(self, count: int):
         self.count = count
 
-    def epoch(self, seed: str):
-        for number in range(self.count):
+    def epoch(self, seed: str, reader: int, readers: int):
+        for number in range(reader, self.count, readers):
             yield str(number), lambda number=number: Conversation(name=str(number))
 
 

@@ -1,21 +1,28 @@
-"""Run by `test_distributed.py` and `test_sharded.py`: three steps of stage 2 with checkpoints, or a recipe.
+"""Run by `test_sharded.py`: three steps of stage 2 with checkpoints, or a recipe, each in processes of its own.
 
-    two_processes.py steps OUTPUT DEVICE_BATCH
-    two_processes.py train RECIPE --stages 0,1
+    two_processes.py JOB.json ...
+
+A job says how many `processes`, with which file of accelerate's (`sharded_by`) their weights are sharded, if at all, and
+their `arguments`: steps OUTPUT DEVICE_BATCH, or those of `prefixvlm`. Forks, so that everything is imported only once.
 
 accelerate shards for accelerators only, although gloo and torch's `fully_shard` serve a CPU as well. So each trainer here
 tells it, at the one point where it asks, that this is a run on several GPUs; all else is what happens on those.
 """
 
+import gc
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401 - each process would import it for itself
 import torch
 from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from tiny import random_batch, tiny_model
 from transformers import TrainingArguments
 
@@ -72,20 +79,49 @@ def threads_of_gloo() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
-if sys.argv[1] == "steps":
-    three_steps(sys.argv[2], int(sys.argv[3]))
-    code = 0
-else:
-    run.StageTrainer = CPUTrainer
-    code = cli.main(sys.argv[1:])
-cli.leave_process_group()
-if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    # torch keeps the mesh of FSDP, and with it gloo's threads, to the end; runs on GPUs have none of those
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-deadline = time.monotonic() + 10  # the system lists a thread for a moment after its end
-while threads_of_gloo() and time.monotonic() < deadline:
-    time.sleep(0.01)
-assert not threads_of_gloo()
-sys.exit(code)
+def work(arguments: list[str]) -> None:
+    """What one process does, up to its end."""
+    if arguments[0] == "steps":
+        three_steps(arguments[1], int(arguments[2]))
+        code = 0
+    else:
+        run.StageTrainer = CPUTrainer
+        code = cli.main(arguments)
+    cli.leave_process_group()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # torch keeps the mesh of FSDP, and with it gloo's threads, to the end; runs on GPUs have none of those
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    deadline = time.monotonic() + 10  # the system lists a thread for a moment after its end
+    while threads_of_gloo() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not threads_of_gloo()
+    sys.exit(code)
+
+
+def launch(processes: int, sharded_by: str | None, arguments: list[str]) -> None:
+    """Starts the processes as torchrun or `accelerate launch` would, and waits for them."""
+    environment = {}
+    if sharded_by:
+        asked = ["--config_file", sharded_by, "--num_processes", str(processes), "two_processes.py"]
+        options, *_ = _validate_launch_command(launch_command_parser().parse_args(asked))
+        environment = prepare_multi_gpu_env(options)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            work(arguments)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(codes):
+        sys.exit(f"exit codes {codes} of {' '.join(arguments)}")
+
+
+gc.freeze()
+for path in sys.argv[1:]:
+    launch(**json.loads(Path(path).read_text()))

@@ -3,12 +3,14 @@
 import base64
 import io
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import load_image as fetch_image
 
+URLS = ("http://", "https://")
 WHITE = (255, 255, 255, 255)
 CHANNEL_COUNTS = (1, 3, 4)
 SIXTEEN_BIT_STEP = 257  # 65535 / 255
@@ -28,6 +30,21 @@ def load_image(source, name: str = "the image") -> Image.Image:
     Raises:
         ValueError: if it is missing, truncated, no image, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    return _opened(source, name, lambda image: _to_rgb(ImageOps.exif_transpose(image)))
+
+
+def check_image(source, name: str = "the image") -> None:
+    """Opens an image as far as its header, which costs a small part of decoding it. A URL is not fetched.
+
+    Raises:
+        ValueError: as `load_image`, for what the header shows.
+    """
+    if not (isinstance(source, str) and source.startswith(URLS)):
+        _opened(source, name, lambda image: None)
+
+
+def _opened(source, name: str, read: Callable):
+    """What `read` makes of an opened image of a permitted size; every error becomes a sentence that names the image."""
     if isinstance(source, dict):
         name = source.get("path") or name
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
@@ -43,7 +60,7 @@ def load_image(source, name: str = "the image") -> Image.Image:
             raise ValueError("it has no pixels")
         if limit and pixels > limit:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, the limit is {limit}")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return read(image)
     except FileNotFoundError as error:
         raise ValueError(f"{name}: there is no such image file.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -62,7 +79,7 @@ def _open(source) -> Image.Image:
     if isinstance(source, bytes | bytearray):
         return Image.open(io.BytesIO(source))
     if isinstance(source, str):
-        if source.startswith(("http://", "https://")):
+        if source.startswith(URLS):
             return fetch_image(source)
         if source.startswith("data:"):
             return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))

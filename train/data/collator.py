@@ -3,15 +3,16 @@
 Shapes: B rows, T tokens, S samples in the batch, I images in the batch, C channels, H height, W width.
 """
 
+import copy
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
-from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.conversation import BLANK, Conversation
 from prefixvlm.train.data.packing import pack
 
 
@@ -44,9 +45,11 @@ class ConversationCollator:
         max_tokens_per_row: pack several samples into rows of at most so many tokens, each seeing only itself; 0 gives every
             sample its own row.
         feature_cache: a `FeatureCache`, which then stands in for the images it knows.
+        pad_failures: put a padding sample in the place of one that cannot be used, rather than raise.
 
     A batch holds `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (I, C, H, W), `document_ids` (B, T) of
-    packed rows and, with noise, `is_noised` (B, T), true where the input token was replaced.
+    packed rows and, with noise, `is_noised` (B, T), true where the input token was replaced. With `pad_failures` a batch
+    may have `failed`, the (seed, name, reason) of each sample that a padding sample took the place of.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ConversationCollator:
         seed: int = 0,
         max_tokens_per_row: int = 0,
         feature_cache=None,
+        pad_failures: bool = False,
     ):
         self.processor = processor
         self.text_format = text_format
@@ -65,12 +69,25 @@ class ConversationCollator:
         self.augment = augment
         self.max_tokens_per_row = max_tokens_per_row
         self.feature_cache = feature_cache
+        self.pad_failures = pad_failures
         self.random = random.Random(seed)
         self.noise_token_id = noise_token_id(processor.tokenizer)
         self.untouchable_ids = torch.tensor(sorted(special_token_ids(processor.tokenizer)))
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-        return self.collate(self.encoded(conversations))
+        if not self.pad_failures:
+            return self.collate(self.encoded(conversations))
+        try:
+            return self.collate(self.encoded(conversations))
+        except ValueError:  # one by one, to find whose fault it is
+            samples, failed = [], []
+            for sample in conversations:
+                try:
+                    samples += self.encoded([sample])
+                except ValueError as error:
+                    samples += self.encoded([sample.as_padding_sample()])
+                    failed += [] if sample.is_padding_sample else [(sample.seed, sample.name, str(error))]
+            return {**self.collate(samples), "failed": failed}
 
     def encoded(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Each sample's tensors.
@@ -80,7 +97,7 @@ class ConversationCollator:
         """
         sources = [self.random if sample.seed is None else random.Random(sample.seed) for sample in conversations]
         try:
-            batch = self._processed(conversations)
+            batch = self._processed(self.processor, conversations)
         except ValueError as error:
             names = " to ".join(dict.fromkeys((conversations[0].name, conversations[-1].name)))
             raise ValueError(f"{names}: {str(error).removeprefix(f'{names}: ')}") from error
@@ -135,12 +152,25 @@ class ConversationCollator:
             batch |= self.feature_cache.look_up(images) if self.feature_cache else {"pixel_values": images}
         return batch
 
-    def _processed(self, conversations: Sequence[Conversation]):
+    def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, int]]:
+        """The tokens of each sample, and how many of them are learnt. Images are counted, but not opened.
+
+        Raises:
+            ValueError: for a text that cannot be used.
+        """
+        if not conversations:
+            return []
+        processor = copy.copy(self.processor)
+        processor.image_processor = _no_pixels
+        batch = self._processed(processor, [replace(one, images=[BLANK] * len(one.images)) for one in conversations])
+        return [(len(labels), sum(label != IGNORE_INDEX for label in labels[1:])) for labels in batch["labels"]]
+
+    def _processed(self, processor, conversations: Sequence[Conversation]):
         if self.text_format == "caption":
             texts = [self._caption(sample) for sample in conversations]
-            return self.processor(images=[sample.images for sample in conversations], text=texts, return_labels=True)
+            return processor(images=[sample.images for sample in conversations], text=texts, return_labels=True)
         messages = [sample.messages() for sample in conversations]
-        return self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_labels=True)
+        return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_labels=True)
 
     def _caption(self, sample: Conversation) -> str:
         images = self.processor.image_token * len(sample.images)
@@ -152,6 +182,11 @@ class ConversationCollator:
         generator = torch.Generator().manual_seed(source.getrandbits(63))
         chosen = torch.rand(input_ids.shape, generator=generator) < self.noise
         return chosen & ~torch.isin(input_ids, self.untouchable_ids)
+
+
+def _no_pixels(images, **kwargs) -> dict:
+    """In the place of an image processor, where only texts are asked about."""
+    return {}
 
 
 def _turned(image: torch.Tensor, source: random.Random) -> torch.Tensor:

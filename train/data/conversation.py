@@ -1,6 +1,10 @@
 """One training sample of any source: images, and what was said about them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from PIL import Image
+
+BLANK = Image.new("RGB", (16, 16))
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,8 @@ class Conversation:
         name: where the sample comes from, for error messages.
         seed: of what is random about this sample in this epoch, so that it comes out the same in any process and after
             any interruption; `None` leaves it to the collator's own source.
-        is_padding_sample: nothing is learnt from it; it only evens out the last batch of several processes.
+        is_padding_sample: nothing is learnt from it; it evens out the last batch of several processes, or takes the place
+            of a sample that cannot be used.
     """
 
     images: list = field(default_factory=list)
@@ -39,3 +44,8 @@ class Conversation:
         if waiting:
             raise ValueError(f"{self.name}: the conversation has images, but no user turn to hold them.")
         return messages
+
+    def as_padding_sample(self) -> "Conversation":
+        """A sample that takes this one's place: with as many pictures, all blank, and no word of it is learnt."""
+        blanks = [BLANK] * len(self.images)
+        return replace(self, images=blanks, turns=[("user", ""), ("assistant", "")], is_padding_sample=True)

@@ -1,7 +1,7 @@
 """In what order samples are seen: shuffled or grouped by length, the same in every process and after every interruption."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -19,10 +19,15 @@ class OrderedSamples(Dataset):
         indices: those of them to train on.
         lengths: tokens of each of `indices`, to group them by; `None` to shuffle without a look at them.
         seed: of order and samples.
+        failed: seeds of samples that failed when the run was at them before it was interrupted. Padding samples take their
+            place again, also if their images can be read now.
     """
 
-    def __init__(self, samples, indices: list[int], lengths: list[int] | None, seed: int):
+    def __init__(
+        self, samples, indices: list[int], lengths: list[int] | None, seed: int, failed: Collection[str] = frozenset()
+    ):
         self.samples, self.indices, self.lengths, self.seed = samples, indices, lengths, seed
+        self.failed = failed
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -30,7 +35,8 @@ class OrderedSamples(Dataset):
     def __getitem__(self, key: tuple[int, int, bool]) -> Conversation:
         epoch, index, is_padding_sample = key
         sample = self.samples[self.indices[index]]
-        return replace(sample, seed=f"{self.seed}.{epoch}.{index}", is_padding_sample=is_padding_sample)
+        sample = replace(sample, seed=f"{self.seed}.{epoch}.{index}", is_padding_sample=is_padding_sample)
+        return sample.as_padding_sample() if sample.seed in self.failed else sample
 
 
 class EpochSampler(Sampler):
@@ -39,8 +45,8 @@ class EpochSampler(Sampler):
     Args:
         samples: the data set.
         batch_size: samples of an optimiser step, which are of similar length if they are grouped.
-        multiple: fillers follow the last sample until the count is a multiple of this (processes times device batch), so
-            that every process has as many full batches as the others and no sample counts twice.
+        multiple: padding samples follow the last sample until the count is a multiple of this (processes times device
+            batch), so that every process has as many full batches as the others and no sample counts twice.
     """
 
     def __init__(self, samples: OrderedSamples, batch_size: int, multiple: int):
@@ -56,9 +62,9 @@ class EpochSampler(Sampler):
             order = torch.randperm(len(self.samples), generator=generator).tolist()
         else:
             order = get_length_grouped_indices(self.samples.lengths, self.batch_size, generator=generator)
-        fillers = itertools.islice(itertools.cycle(order), len(self) - len(order))
+        padding = itertools.islice(itertools.cycle(order), len(self) - len(order))
         yield from ((self.epoch, index, False) for index in order)
-        yield from ((self.epoch, index, True) for index in fillers)
+        yield from ((self.epoch, index, True) for index in padding)
 
 
 class StreamedSamples(IterableDataset):
@@ -67,8 +73,8 @@ class StreamedSamples(IterableDataset):
     Args:
         stream: a `Stream` or `MixedStream`.
         encode: takes a `Conversation`, gives what is yielded, and raises a ValueError if it cannot be trained on.
-        report: called with the name and the reason of each sample of the first epoch that cannot, and how many this worker
-            has read.
+        report: called with the name and the reason of each sample of the first epoch that cannot, and with `read`, how many
+            this worker has read.
         seed: of order and samples.
         rank, processes: which of how many processes this is.
     """
@@ -79,23 +85,21 @@ class StreamedSamples(IterableDataset):
 
     def __iter__(self) -> Iterator:
         worker = get_worker_info()
-        parts = self.processes * (worker.num_workers if worker else 1)
-        mine = self.rank + self.processes * (worker.id if worker else 0)
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        readers, reader = self.processes * workers, self.rank + self.processes * own
         for epoch in itertools.count():
             read = usable = 0
-            for index, (name, make) in enumerate(self.stream.epoch(f"{self.seed}.{epoch}")):
-                if index % parts != mine:
-                    continue
+            for index, (name, make) in enumerate(self.stream.epoch(f"{self.seed}.{epoch}.{reader}", reader, readers)):
                 read += 1
                 try:
-                    sample = self.encode(replace(make(), seed=f"{self.seed}.{epoch}.{index}"))
+                    sample = self.encode(replace(make(), seed=f"{self.seed}.{epoch}.{reader}.{index}"))
                 except ValueError as error:
                     if epoch == 0:
-                        self.report(name, str(error), read)
+                        self.report(name, str(error), read=read)
                     continue
                 usable += 1
                 yield sample
             if not usable:
                 raise ValueError(
-                    f"The stream has no usable sample for each of {parts} readers; use fewer processes or workers."
+                    f"The stream has no usable sample for each of {readers} readers; use fewer processes or workers."
                 )

@@ -1,37 +1,68 @@
-"""Raw rows of a data set, wherever it lies, through `datasets`: all at hand, or streamed.
+"""Raw rows of a data set, wherever it lies: by number, or as a stream of which each reader reads only its share.
 
-JSON is parsed row by row here rather than by `datasets`, which wants one type a column and gives up at the first bad
-line: of real files, one bad row is then one bad row.
+JSON is read here rather than by `datasets`, which wants one type a column and gives up at the first bad line: of real
+files, one bad row is then one bad row. A file stays where it is, mapped into memory; only the places of its rows are kept,
+and a row is parsed when it is asked for. Everything else goes through `datasets`.
 """
 
+import codecs
 import glob
 import hashlib
 import json
+import mmap
 import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 JSON_SUFFIXES = (".json", ".jsonl")
 SPLITS = ("train", "validation", "val", "dev", "test")
-BATCH = 16  # rows of a stream that are read at a time
-TEXT = "text"  # the column of a row that is still JSON
+BATCH = 16  # rows of a stream that `datasets` reads at a time
+LINE_FEED = 10
+CHUNK = 2**26  # bytes searched for ends of lines at once
+WHITESPACE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+
+# where a row stands, and what reads it: a dictionary, or a ValueError
+Row = tuple[str, Callable[[], dict]]
 
 
-class RowTable:
-    """Rows that can be asked for by number."""
+class JsonRows:
+    """Rows of .json or .jsonl files, by number.
 
-    def __init__(self, table, name: str, split: str | None = None):
-        self.table, self.name = table, name
-        self.is_json = table.column_names == [TEXT]
-        self.numbers = range(len(table))
-        if self.is_json:
-            self.numbers = [number for number, text in enumerate(table[TEXT]) if _is_wanted(text, split)]
+    Args:
+        files: paths, all of one kind.
+        split: the rows whose own key `split` says so, and those without one; `None` for all. `a+b` is both.
+        field: the key of a .json file's list of rows; `None` if the file is that list.
+
+    Raises:
+        ValueError: if a .json file as a whole cannot be read.
+    """
+
+    def __init__(self, files: list[str], split: str | None = None, field: str | None = None):
+        self.files = files
+        self._maps: dict[int, mmap.mmap] = {}
+        places = []  # (row, 4) of each file: its index, first byte, the byte after the last, number of the row
+        for number, file in enumerate(files):
+            spans = _line_spans(file) if file.endswith(".jsonl") else _list_spans(file, field)
+            places.append(np.column_stack([np.full(len(spans), number), spans, np.arange(1, len(spans) + 1)]))
+        self.places = np.concatenate(places)
+        wanted = [index for index in range(len(self.places)) if _is_wanted(self._bytes(index), split)]
+        self.places = self.places[wanted]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}  # a map belongs to one process
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.places)
 
     def where(self, index: int) -> str:
-        return f"{self.name}, row {self.numbers[index] + 1}"
+        file, _, _, number = self.places[index].tolist()
+        return f"{self.files[file]}, row {number}"
 
     def __getitem__(self, index: int) -> dict:
         """One row.
@@ -39,46 +70,125 @@ class RowTable:
         Raises:
             ValueError: if it is not valid JSON or not an object.
         """
-        row = self.table[self.numbers[index]]
-        return parsed(row[TEXT]) if self.is_json else row
+        return _parsed(self._bytes(index))
 
     @property
     def fingerprint(self) -> str:
         """Changes when the rows do."""
-        # `datasets` hashes what it has read from files; what it was handed in memory gets a name at random
-        if not self.is_json:
-            return self.table._fingerprint
         digest = hashlib.blake2b(digest_size=16)
-        for number in self.numbers:
-            digest.update(self.table[number][TEXT].encode() + b"\n")
+        for index in range(len(self)):
+            digest.update(self._bytes(index) + b"\n")
         return digest.hexdigest()
 
+    def _bytes(self, index: int) -> bytes:
+        file, start, end, _ = self.places[index].tolist()
+        if file not in self._maps:
+            self._maps[file] = _mapped(self.files[file])
+        return self._maps[file][start:end]
 
-class RowStream:
-    """Rows that come one after the other, from the start each time it is iterated."""
 
-    def __init__(self, table, name: str, split: str | None = None):
-        self.table, self.name, self.split = table, name, split
+class TableRows:
+    """Rows of a `datasets` table, by number."""
 
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
-        """Yields where a row stands and the row, which may still be JSON (see `parsed`)."""
-        for number, row in enumerate(self._all(), start=1):
-            if list(row) != [TEXT] or _is_wanted(row[TEXT], self.split):
-                yield f"{self.name}, row {number}", row
+    def __init__(self, table, name: str):
+        self.table, self.name = table, name
 
-    def _all(self) -> Iterator[dict]:
-        # by batches, since row by row `datasets` would deal out its files to the workers of a DataLoader, which here is
-        # done sample by sample
-        for batch in self.table.iter(batch_size=BATCH):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, row {index + 1}"
+
+    def __getitem__(self, index: int) -> dict:
+        return self.table[index]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the rows do: what `datasets` made of the files it read."""
+        return self.table._fingerprint
+
+
+class RowStream(ABC):
+    """Rows one after the other, from the start each time they are asked for.
+
+    Several readers read the files (or shards) between them; where there are fewer files than readers, those of one file
+    read different rows of it.
+
+    Args:
+        name: of the data set.
+        split: of its rows.
+    """
+
+    def __init__(self, name: str, split: str | None):
+        self.name, self.split = name, split
+
+    @abstractmethod
+    def share(self, reader: int = 0, readers: int = 1) -> Iterator[Row]:
+        """Yields the rows of one of several readers."""
 
     @property
     def fingerprint(self) -> str:
         return hashlib.blake2b(f"{self.name} {self.split}".encode(), digest_size=16).hexdigest()
 
 
-def read_rows(path: str, split: str = "train", streaming: bool = False, field: str | None = None) -> RowTable | RowStream:
+class LineStream(RowStream):
+    """The lines of .jsonl files. Of a file that several read, each reads the lines that start in its part of the bytes."""
+
+    def __init__(self, files: list[str], name: str, split: str | None):
+        super().__init__(name, split)
+        self.files = files
+
+    def share(self, reader: int = 0, readers: int = 1) -> Iterator[Row]:
+        for index, part, parts in _assignments(len(self.files), reader, readers):
+            path = self.files[index]
+            size = Path(path).stat().st_size
+            with open(path, "rb") as file:
+                start, end = size * part // parts, size * (part + 1) // parts
+                number = _line_feeds(file, start - 1)
+                if start:  # a line that starts before belongs to the reader of the part before
+                    file.readline()
+                    number += 1
+                while file.tell() < end:
+                    line = file.readline()
+                    number += 1
+                    if _is_wanted(line, self.split):
+                        yield f"{path}, row {number}", partial(_parsed, line.removesuffix(b"\n"))
+
+
+class ListStream(RowStream):
+    """The rows of .json files. Where they begin is known only once the whole file has been read."""
+
+    def __init__(self, rows: JsonRows, name: str, split: str | None):
+        super().__init__(name, split)
+        self.rows = rows
+
+    def share(self, reader: int = 0, readers: int = 1) -> Iterator[Row]:
+        for index in range(reader, len(self.rows), readers):
+            yield self.rows.where(index), partial(self.rows.__getitem__, index)
+
+
+class TableStream(RowStream):
+    """The rows of a `datasets` stream, by its shards; only those of the reader's own become Python objects."""
+
+    def __init__(self, table, name: str, split: str | None):
+        super().__init__(name, split)
+        self.table = table.with_format("arrow")
+
+    def share(self, reader: int = 0, readers: int = 1) -> Iterator[Row]:
+        shards = self.table.num_shards
+        for shard, part, parts in _assignments(shards, reader, readers):
+            before = 0
+            for batch in self.table.shard(shards, shard).iter(batch_size=BATCH):
+                own = [row for row in range(len(batch)) if (before + row) % parts == part]
+                for row, values in zip(own, batch.take(own).to_pylist(), strict=True):
+                    of = f" of shard {shard + 1}" if shards > 1 else ""
+                    yield f"{self.name}, row {before + row + 1}{of}", partial(dict, values)
+                before += len(batch)
+
+
+def read_rows(
+    path: str, split: str | None = "train", streaming: bool = False, field: str | None = None
+) -> JsonRows | TableRows | RowStream:
     """The rows of a data set.
 
     Args:
@@ -92,38 +202,143 @@ def read_rows(path: str, split: str = "train", streaming: bool = False, field: s
         ValueError: if there is nothing there, or a file as a whole cannot be read.
     """
     files = _files(path)
+    if files and files[0].endswith(".jsonl") and streaming:
+        return LineStream(files, path, split)
     if files and files[0].endswith(JSON_SUFFIXES):
-        table = _json_table(files, streaming, field)
+        rows = JsonRows(files, split, field)
+        return ListStream(rows, path, split) if streaming else rows
+    table = _table(path, files, split, streaming)
+    return TableStream(table, path, split) if streaming else TableRows(table, path)
+
+
+def _assignments(shards: int, reader: int, readers: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (shard, part, parts) for what one reader reads: whole shards, or one part of one."""
+    if shards >= readers:
+        yield from ((shard, 0, 1) for shard in range(reader, shards, readers))
     else:
-        table = _dataset(path, files, split, streaming)
-    return (RowStream if streaming else RowTable)(table, path, split)
+        shard = reader % shards
+        yield shard, reader // shards, len(range(shard, readers, shards))
 
 
-def parsed(text: str) -> dict:
-    """One JSON row.
-
-    Raises:
-        ValueError: if it is not valid JSON or not an object.
-    """
+def _parsed(row: bytes) -> dict:
     try:
-        row = json.loads(text)
-    except ValueError as error:
+        values = json.loads(row)
+    except ValueError as error:  # also of bytes that are not UTF-8
         raise ValueError(f"it is not valid JSON ({error})") from error
-    if not isinstance(row, dict):
+    if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
-    return row
+    return values
 
 
-def _is_wanted(text: str, split: str | None) -> bool:
-    if not text.strip():
+def _is_wanted(row: bytes, split: str | None) -> bool:
+    if not row.strip():
         return False
-    if split is None or '"split"' not in text:
+    if split is None or b'"split"' not in row:
         return True
     try:
-        own = parsed(text).get("split")
+        own = _parsed(row).get("split")
     except ValueError:
         return True  # wanted, so that it is reported
     return own is None or own in split.split("+")
+
+
+def _mapped(file: str) -> mmap.mmap | bytes:
+    with open(file, "rb") as opened:
+        if not Path(file).stat().st_size:
+            return b""  # which cannot be mapped
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _line_spans(file: str) -> np.ndarray:
+    """(row, 2): first byte, and the one after the last, of each line."""
+    content = np.frombuffer(_mapped(file), dtype=np.uint8)
+    chunks = range(0, len(content), CHUNK)
+    ends = [np.flatnonzero(content[start : start + CHUNK] == LINE_FEED) + start for start in chunks]
+    if len(content) and content[-1] != LINE_FEED:
+        ends.append(np.array([len(content)]))
+    ends = np.concatenate([[], *ends]).astype(np.int64)
+    starts = np.concatenate([[0], ends + 1])[: len(ends)]
+    return np.column_stack([starts, ends])
+
+
+def _line_feeds(file: BinaryIO, size: int) -> int:
+    """How many there are in the first `size` bytes of a file, which is left there."""
+    count = 0
+    while size > 0:
+        chunk = file.read(min(size, CHUNK))
+        count += chunk.count(b"\n")
+        size -= len(chunk)
+    return count
+
+
+def _list_spans(file: str, field: str | None) -> np.ndarray:
+    """As `_line_spans`, of the entries of a JSON list, which are parsed one by one for it."""
+    content = Path(file).read_bytes()
+    mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    try:
+        text = content[mark:].decode()
+        start = _list_start(text, field)
+        if start is not None:
+            return _entry_spans(text, start, is_whole=field is None) + mark
+        json.loads(text)  # to say what is broken, if something is
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    raise ValueError(f"{file}: expected a list of objects{f' under {field!r}' if field else ''}.")
+
+
+def _list_start(text: str, field: str | None) -> int | None:
+    """The place of the bracket that opens a file's list, or the one below its key `field`."""
+    place = _skip(text, 0)
+    if field is not None:
+        if not text.startswith("{", place):
+            return None
+        key, value_end = None, place
+        while key != field:
+            place = _skip(text, value_end) + 1  # after the brace or comma
+            if text.startswith("}", place - 1):
+                return None
+            key, place = DECODER.raw_decode(text, _skip(text, place))
+            place = _skip(text, _expect(text, _skip(text, place), ":"))
+            if key != field:
+                _, value_end = DECODER.raw_decode(text, place)
+    return place if text.startswith("[", place) else None
+
+
+def _entry_spans(text: str, place: int, is_whole: bool) -> np.ndarray:
+    """Of the list whose bracket is at `place`, with nothing after it if it is the whole file."""
+    is_ascii = text.isascii()
+
+    def size(start: int, end: int) -> int:
+        """In bytes, which is what places in a file are counted in."""
+        return end - start if is_ascii else len(text[start:end].encode())
+
+    spans = []
+    seen, seen_bytes = 0, 0
+    place = _skip(text, place + 1)
+    while not text.startswith("]", place):
+        if spans:
+            place = _skip(text, _expect(text, place, ","))
+        _, end = DECODER.raw_decode(text, place)
+        start_byte = seen_bytes + size(seen, place)
+        seen, seen_bytes = end, start_byte + size(place, end)
+        spans.append((start_byte, seen_bytes))
+        place = _skip(text, end)
+    if is_whole and (rest := _skip(text, place + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _skip(text: str, place: int) -> int:
+    """The place of the next character that is no white space."""
+    return WHITESPACE.match(text, place).end()
+
+
+def _expect(text: str, place: int, sign: str) -> int:
+    if not text.startswith(sign, place):
+        raise json.JSONDecodeError(f"Expecting {sign!r} delimiter", text, place)
+    return place + 1
 
 
 def _files(path: str) -> list[str]:
@@ -151,31 +366,7 @@ def _files(path: str) -> list[str]:
     return files
 
 
-def _json_table(files: list[str], streaming: bool, field: str | None):
-    import datasets
-
-    if files[0].endswith(".jsonl"):
-        try:
-            rows = datasets.load_dataset("text", data_files=files, split="train", streaming=streaming)
-        except Exception as error:  # datasets raises errors of many kinds
-            raise ValueError(f"{files[0]} cannot be read as text ({_line(error)}).") from error
-        return rows
-    texts = []
-    for file in files:
-        try:
-            rows = json.loads(Path(file).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}.") from error
-        if field is not None:
-            rows = rows.get(field) if isinstance(rows, dict) else None
-        if not isinstance(rows, list):
-            raise ValueError(f"{file}: expected a list of objects{f' under {field!r}' if field else ''}.")
-        texts += [json.dumps(row, ensure_ascii=False) for row in rows]
-    table = datasets.Dataset.from_dict({TEXT: texts})
-    return table.to_iterable_dataset() if streaming else table
-
-
-def _dataset(path: str, files: list[str], split: str, streaming: bool):
+def _table(path: str, files: list[str], split: str, streaming: bool):
     import datasets
 
     if Path(path).is_dir():

@@ -1,17 +1,22 @@
-"""Where training samples come from: each source turns its rows into `Conversation`s."""
+"""Where training samples come from: data sets by the name of their form, mixtures of them, at hand or streamed."""
 
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path, PurePosixPath
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
 
 from prefixvlm.train.data import easy_vqa
 from prefixvlm.train.data.conversation import Conversation
-from prefixvlm.train.data.rows import TEXT, RowStream, RowTable, parsed, read_rows
+from prefixvlm.train.data.forms import CaptionsForm, Form, KarpathyForm, LlavaForm, VqaForm
+from prefixvlm.train.data.rows import JsonRows, RowStream, TableRows, read_rows
 
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHUFFLE_BUFFER = 1000  # samples a stream is shuffled among
+
+# where a sample of a stream stands, and what makes it, which may raise a ValueError
+Maker = tuple[str, Callable[[], Conversation]]
 
 
 def load(source: str, **options) -> "Samples | Mixture | Stream | MixedStream":
@@ -40,26 +45,36 @@ class Samples:
     """Conversations by number, made from rows when they are asked for.
 
     Args:
-        rows: a `RowTable`.
-        form: one of the forms below.
+        rows: a `JsonRows` or `TableRows`.
+        form: what the rows mean.
     """
 
-    def __init__(self, rows: RowTable, form: "Form"):
+    def __init__(self, rows: JsonRows | TableRows, form: Form):
         self.rows, self.form = rows, form
-        counts = (_parts(form, partial(rows.__getitem__, index)) for index in range(len(rows)))
-        self.places = [(index, part) for index, count in enumerate(counts) for part in range(count)]
+        self._ends = None  # of each row's samples, where a row may have several
+        if form.has_parts:
+            self._ends = np.cumsum([form.count(partial(rows.__getitem__, index)) for index in range(len(rows))])
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.rows) if self._ends is None else int(self._ends[-1]) if len(self._ends) else 0
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The row of a sample, and which of the row's samples it is."""
+        if self._ends is None:
+            return index, 0
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = int(np.searchsorted(self._ends, index, side="right"))
+        return row, index - (int(self._ends[row - 1]) if row else 0)
 
     def name(self, index: int) -> str:
         """Where a sample stands: its file, its row and, of several, its text."""
-        row, part = self.places[index]
-        return _name(self.form, self.rows.where(row), part)
+        row, part = self._place(index)
+        return self.form.name(self.rows.where(row), part)
 
     def __getitem__(self, index: int) -> Conversation:
-        row, part = self.places[index]
-        return _made(self.form, lambda: self.rows[row], part, self.name(index))
+        row, part = self._place(index)
+        return self.form.sample(partial(self.rows.__getitem__, row), part, self.name(index))
 
     @property
     def fingerprint(self) -> str:
@@ -78,27 +93,27 @@ class InMemory(list):
 
 
 class Stream:
-    """Conversations one after the other, shuffled among the next `shuffle_buffer`.
+    """Conversations one after the other, shuffled among the next `shuffle_buffer` of the reader's own.
 
     Args:
         rows: a `RowStream`.
-        form: one of the forms below.
+        form: what the rows mean.
         shuffle_buffer: 1 keeps the order of the rows.
     """
 
-    def __init__(self, rows: RowStream, form: "Form", shuffle_buffer: int = SHUFFLE_BUFFER):
+    def __init__(self, rows: RowStream, form: Form, shuffle_buffer: int = SHUFFLE_BUFFER):
         self.rows, self.form, self.shuffle_buffer = rows, form, shuffle_buffer
 
-    def epoch(self, seed: str) -> Iterator[tuple[str, Callable[[], Conversation]]]:
-        """Yields one pass over the rows: where each sample stands, and what makes it, which may raise a ValueError."""
-        return _shuffled(self._in_order(), self.shuffle_buffer, random.Random(seed))
+    def epoch(self, seed: str, reader: int = 0, readers: int = 1) -> Iterator[Maker]:
+        """Yields one pass over the share of one of several readers; see `Maker`."""
+        return _shuffled(self._in_order(reader, readers), self.shuffle_buffer, random.Random(seed))
 
-    def _in_order(self):
-        for where, row in self.rows:
-            read = partial(parsed, row[TEXT]) if list(row) == [TEXT] else partial(dict, row)
-            for part in range(_parts(self.form, read)):
-                name = _name(self.form, where, part)
-                yield name, partial(_made, self.form, read, part, name)
+    def _in_order(self, reader: int, readers: int) -> Iterator[Maker]:
+        for where, read in self.rows.share(reader, readers):
+            read = cache(read)  # a row of several texts is parsed once
+            for part in range(self.form.count(read)):
+                name = self.form.name(where, part)
+                yield name, partial(self.form.sample, read, part, name)
 
     @property
     def fingerprint(self) -> str:
@@ -108,8 +123,8 @@ class Stream:
 class Mixture:
     """Several sources as one, each with its share of the samples of an epoch.
 
-    An epoch is as long as it takes to see every sample of every source at least once; smaller sources are gone over
-    again, whole rounds first and then as many as still fit, spread evenly.
+    An epoch is as long as it takes to see every sample of every source at least once; smaller sources are repeated,
+    whole rounds first and then as many as still fit, spread evenly.
     """
 
     def __init__(self, sources: list[Samples], weights: list[float]):
@@ -148,10 +163,10 @@ class MixedStream:
     def __init__(self, sources: list[Stream], weights: list[float]):
         self.sources, self.weights = sources, weights
 
-    def epoch(self, seed: str) -> Iterator[tuple[str, Callable[[], Conversation]]]:
+    def epoch(self, seed: str, reader: int = 0, readers: int = 1) -> Iterator[Maker]:
         draw = random.Random(seed)
         rounds = [0] * len(self.sources)
-        streams = [source.epoch(f"{seed}.{number}.0") for number, source in enumerate(self.sources)]
+        streams = [source.epoch(f"{seed}.{number}.0", reader, readers) for number, source in enumerate(self.sources)]
         while True:
             number = draw.choices(range(len(streams)), self.weights)[0]
             try:
@@ -160,108 +175,11 @@ class MixedStream:
                 rounds[number] += 1
                 if all(rounds):
                     return
-                streams[number] = self.sources[number].epoch(f"{seed}.{number}.{rounds[number]}")
+                streams[number] = self.sources[number].epoch(f"{seed}.{number}.{rounds[number]}", reader, readers)
 
     @property
     def fingerprint(self) -> str:
         return _digest(*(source.fingerprint for source in self.sources), str(self.weights))
-
-
-class Form:
-    """How the rows of one kind of data set become conversations.
-
-    Each form has `turns(row, part)`, the (role, text) pairs of one sample. Where a row may hold several, `has_parts` is set
-    and `parts(row)` counts them.
-    """
-
-    has_parts = False
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items() if k != 'folder')})"
-
-    def images(self, row: dict) -> list:
-        """The images of a row: bytes or PIL images as they are, paths below the data's own folder."""
-        found = row.get("images") if row.get("image") is None else row["image"]
-        if found is None:
-            return []
-        return [self._inside(image) for image in (found if isinstance(found, list) else [found])]
-
-    def _inside(self, image):
-        path = image
-        if isinstance(image, dict):
-            if image.get("bytes") is not None:
-                return image
-            path = image.get("path")
-        if not isinstance(path, str):
-            return path
-        parts = PurePosixPath(path.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or path[1:2] == ":":
-            raise ValueError(f"the image {path} lies outside {self.folder}; give a path below it")
-        return str(self.folder / path)
-
-
-class LlavaForm(Form):
-    """`id, image, conversations[{from, value}]`, as LLaVA-ReCap, LLaVA-NeXT-Data and LLaVA's own JSON have it."""
-
-    def turns(self, row, part):
-        try:
-            turns = [(LLAVA_ROLES[turn["from"]], _text(turn["value"])) for turn in row["conversations"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"`conversations` must be a list of {{from, value}} turns ({error!r})") from error
-        return turns
-
-
-class VqaForm(Form):
-    """`image, question, answer`, as PathVQA and VQA-RAD have it."""
-
-    def __init__(self, folder, question: str, answer: str):
-        super().__init__(folder)
-        self.question, self.answer = question, answer
-
-    def turns(self, row, part):
-        return [("user", _field(row, self.question)), ("assistant", _field(row, self.answer))]
-
-
-class CaptionsForm(Form):
-    """`image` and `texts` (or one `text`): each text is a sample of its own."""
-
-    has_parts = True
-
-    def __init__(self, folder, texts: str):
-        super().__init__(folder)
-        self.key = texts
-
-    def texts(self, row) -> list[str]:
-        texts = row.get(self.key)
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not texts:
-            raise ValueError(f"`{self.key}` must be a text or a list of texts")
-        return texts
-
-    def parts(self, row):
-        return len(self.texts(row))
-
-    def turns(self, row, part):
-        return [("user", ""), ("assistant", _text(self.texts(row)[part]))]
-
-
-class KarpathyForm(CaptionsForm):
-    """`filename, sentences[{raw}]` and for COCO `filepath`, as in Karpathy's dataset_*.json."""
-
-    def __init__(self, folder):
-        super().__init__(folder, "sentences")
-
-    def images(self, row):
-        return [self._inside(str(PurePosixPath(row.get("filepath") or "") / _field(row, "filename")))]
-
-    def turns(self, row, part):
-        sentence = self.texts(row)[part]
-        if not isinstance(sentence, dict):
-            raise ValueError("`sentences` must be a list of objects with `raw`")
-        return [("user", ""), ("assistant", _field(sentence, "raw"))]
 
 
 def llava(path: str, images: str | None = None, split: str = "train", streaming: bool = False, **options):
@@ -325,44 +243,6 @@ def _image_folder(path: str, images: str | None) -> Path:
             raise ValueError(f"{images}: there is no such folder of images.")
         return Path(images)
     return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
-def _parts(form: Form, read: Callable[[], dict]) -> int:
-    """How many samples a row holds; one that cannot be read counts as one, which is reported when it is asked for."""
-    if not form.has_parts:
-        return 1
-    try:
-        return form.parts(read())
-    except ValueError:
-        return 1
-
-
-def _name(form: Form, where: str, part: int) -> str:
-    return f"{where}, text {part + 1}" if form.has_parts else where
-
-
-def _made(form: Form, read: Callable[[], dict], part: int, name: str) -> Conversation:
-    try:
-        row = read()
-        turns = form.turns(row, part)
-        if not any(role == "assistant" and text for role, text in turns):
-            raise ValueError("there is no text to learn")
-        return Conversation(form.images(row), turns, name)
-    except ValueError as error:
-        raise ValueError(f"{name}: {str(error).removesuffix('.')}.") from error
-
-
-def _field(row: dict, key: str) -> str:
-    if not isinstance(row.get(key), str):
-        raise ValueError(f"`{key}` must be a text, not {row.get(key)!r}")
-    return _text(row[key])
-
-
-def _text(value) -> str:
-    """A text without the placeholder that LLaVA's rows put where the image goes."""
-    if not isinstance(value, str):
-        raise ValueError(f"a text was expected, not {value!r}")
-    return value.replace("<image>", "").strip()
 
 
 def _shuffled(items: Iterator, buffer: int, source: random.Random) -> Iterator:

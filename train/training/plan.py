@@ -109,9 +109,10 @@ def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> D
     if processor is None:
         return DataSize(rows, *assumed, "rows counted, tokens assumed")
     looked_at = _some(samples)
-    verdict = screen(looked_at, ConversationCollator(processor, stage_recipe.stage.text_format), stage_recipe.max_length)
+    collator = ConversationCollator(processor, stage_recipe.stage.text_format)
+    verdict = screen(looked_at, collator, stage_recipe.max_length, measure=True)
     if not verdict.indices:
-        raise ValueError(f"None of {len(looked_at)} samples can be used. The first: {verdict.skipped[0][1]}")
+        raise ValueError(f"None of {len(looked_at)} samples can be used. The first: {verdict.skipped[0][2]}")
     means = [sum(values) / len(verdict.indices) for values in (verdict.lengths, verdict.supervised, verdict.images)]
     skipped = f"; {len(verdict.skipped)} of them cannot be used" if verdict.skipped else ""
     return DataSize(rows, *means, f"tokens from {len(looked_at)} of the rows{skipped}")

@@ -4,7 +4,6 @@ Every output appears under its final name only when it is complete, and a run th
 whole checkpoint is.
 """
 
-import dataclasses
 import json
 import os
 import platform
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 
 from prefixvlm.configuration.writing import write_atomically
@@ -25,7 +23,7 @@ from prefixvlm.inference.loading import load as load_model
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.feature_cache import FeatureCache
 from prefixvlm.train.data.order import OrderedSamples, StreamedSamples
-from prefixvlm.train.data.screening import Screened, StreamReport, encode_one, refuse_if_too_many, screen, write_report
+from prefixvlm.train.data.screening import Report, Screened, Screening, encode_one
 from prefixvlm.train.data.sources import is_stream
 from prefixvlm.train.data.sources import load as load_samples
 from prefixvlm.train.evaluation import figures
@@ -91,7 +89,8 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = Fal
     # all data is opened before any training, so that a wrong path costs no hours
     before = [number for number in recipe.stages if number < chosen[0]]
     sources = {number: load_samples(**recipe.stages[number].data) for number in (chosen if before else recipe.stages)}
-    evaluations = {n: EvaluateByGeneration(recipe.stages[n].evaluation) for n in chosen if recipe.stages[n].evaluation}
+    asked = {number: recipe.stages[number].evaluation for number in chosen}
+    evaluations = {number: EvaluateByGeneration(settings) for number, settings in asked.items() if settings}
     settings = {number: _settings(recipe, number, sources[number], random_init) for number in chosen}
     if resume:
         while chosen and stage_folder(output, chosen[0]).is_dir():
@@ -101,21 +100,22 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = Fal
         if not chosen:
             return stage_folder(output, before[-1])
     set_seed(recipe.seed)
+    start = recipe.model.start
     if before:
-        start = stage_folder(output, before[-1])
-        if not start.is_dir():
+        start = str(stage_folder(output, before[-1]))
+        if not Path(start).is_dir():
             raise ValueError(
                 f"Stage {chosen[0]} starts from {start}, which does not exist; train stage {before[-1]} first."
             )
-        model, processor = load_model(str(start), recipe.model.dtype)
+        model, processor = load_model(start, recipe.model.dtype)
     else:
         quantize = recipe.lora.quantize if recipe.lora else None
         model, processor = build(recipe.model, all_texts(sources.values()), random_init, quantize)
-    verdicts = {}
+    screening = Screening(output / "screening", resume, recipe.workers)
     for number in chosen:
-        model = train_stage(
-            model, processor, recipe, number, sources[number], settings[number], verdicts, resume, evaluations.get(number)
-        )
+        stage = _StageRun(recipe, number, sources[number], settings[number], screening, resume)
+        model = stage.train(model, processor, start, evaluations.get(number))
+        start = str(stage.folder)
     return stage_folder(output, chosen[-1])
 
 
@@ -150,16 +150,18 @@ def all_texts(sources):
 
 def _settings(recipe: Recipe, number: int, samples, random_init: bool) -> dict:
     """What decides the weights that come out of a stage."""
-    stage = dataclasses.asdict(recipe.stages[number])
+    stage = recipe.stages[number].model_dump()
     del stage["evaluation"]
     shared = ("seed", "bf16", "max_skipped")
     return {
         "stage": stage,
         "data_fingerprint": samples.fingerprint,
-        "model": dataclasses.asdict(recipe.model),
+        "model": recipe.model.model_dump(),
         "random_init": random_init,
-        "lora": dataclasses.asdict(recipe.lora) if recipe.lora else None,
+        "lora": recipe.lora.model_dump() if recipe.lora else None,
         **{name: getattr(recipe, name) for name in shared},
+        # which reader of a stream reads what hangs on how many there are
+        **({"readers": processes().num_processes * max(1, recipe.workers)} if is_stream(samples) else {}),
     }
 
 
@@ -176,81 +178,129 @@ def _refuse_another_run(folder: Path, settings: dict) -> None:
         )
 
 
-def train_stage(
-    model,
-    processor,
-    recipe: Recipe,
-    number: int,
-    samples,
-    settings: dict,
-    verdicts: dict,
-    resume: bool = False,
-    evaluation: EvaluateByGeneration | None = None,
-):
-    """Trains one stage, leaves the model, its processor, log, loss curve, run.json and skipped.jsonl, returns the model.
+class _StageRun:
+    """One stage of a run: leaves the model, its processor, log, loss curve, run.json and skipped.jsonl in `folder`."""
 
-    `verdicts` keeps what screening says of a data set for the stages that share it.
-    """
-    stage_recipe = recipe.stages[number]
-    stage = stage_recipe.stage
-    folder = stage_folder(Path(recipe.output), number)
-    checkpoint = checkpoints.newest_whole(partial_folder(folder))
-    if checkpoint is not None:
-        if not resume:
-            raise ValueError(
-                f"{checkpoint.parent} holds the checkpoints of an unfinished run; continue it with --resume, or remove it."
+    def __init__(self, recipe: Recipe, number: int, samples, settings: dict, screening: Screening, resume: bool):
+        self.recipe, self.samples, self.settings, self.screening = recipe, samples, settings, screening
+        self.recipe_of_stage = recipe.stages[number]
+        self.stage = self.recipe_of_stage.stage
+        self.folder = stage_folder(Path(recipe.output), number)
+        self.checkpoint = checkpoints.newest_whole(partial_folder(self.folder))
+        if self.checkpoint is not None:
+            if not resume:
+                raise ValueError(
+                    f"{self.checkpoint.parent} holds the checkpoints of an unfinished run; continue it with --resume, or "
+                    "remove it."
+                )
+            _refuse_another_run(self.checkpoint.parent, settings)
+            print(f"Stage {number} goes on from {self.checkpoint}.", flush=True)
+        self.record = _record(settings, recipe)
+
+    def train(self, model, processor, start: str | None, evaluation: EvaluateByGeneration | None):
+        """Trains the stage and returns its model.
+
+        Args:
+            start: where the model was loaded from; `None` for one that was not.
+        """
+        recipe, stage = self.recipe, self.stage
+        with complete_or_absent(self.folder, keep=self.checkpoint is not None) as partial:
+            collator = ConversationCollator(
+                processor,
+                stage.text_format,
+                noise=stage.noise,
+                augment=self.recipe_of_stage.augment,
+                seed=recipe.seed + stage.number,
+                max_tokens_per_row=self.recipe_of_stage.max_tokens_per_row,
+                feature_cache=_feature_cache(model, recipe, self.recipe_of_stage),
+                pad_failures=True,
             )
-        _refuse_another_run(checkpoint.parent, settings)
-        print(f"Stage {number} goes on from {checkpoint}.", flush=True)
-    with complete_or_absent(folder, keep=checkpoint is not None) as partial:
-        collator = ConversationCollator(
-            processor,
-            stage.text_format,
-            noise=stage.noise,
-            augment=stage_recipe.augment,
-            seed=recipe.seed + number,
-            max_tokens_per_row=stage_recipe.max_tokens_per_row,
-            feature_cache=_feature_cache(model, recipe, stage_recipe),
-        )
-        record = _record(settings, recipe)
-        dataset = _dataset(samples, collator, recipe, stage_recipe, partial, record, verdicts)
+            report = Report(partial / "skipped.jsonl", recipe.max_skipped)
+            dataset = self._dataset(collator, report)
+            self._write_record(partial)
+            if recipe.lora:
+                model = lora.add_adapters(model, recipe.lora, stage)
+            trainer = StageTrainer(
+                model,
+                stage,
+                training_arguments(self.recipe_of_stage, recipe, partial),
+                train_dataset=dataset,
+                data_collator=collator.collate if isinstance(dataset, StreamedSamples) else collator,
+                processing_class=processor,
+                feature_cache=collator.feature_cache,
+                report=report,
+            )
+            if evaluation is not None:
+                evaluation.attach(trainer)
+            if trainer.is_sharded and recipe.lora and recipe.lora.merge:
+                raise ValueError("Adapters cannot be merged into sharded weights; set lora.merge to false.")
+            started = time.time()
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            report.exchange()
+            model = _save(trainer, model, recipe, partial, start)
+            if trainer.is_world_process_zero():
+                history = trainer.state.log_history
+                write_atomically(partial / "history.json", json.dumps(history, indent=1))
+                figures.save_loss_curve({f"stage {stage.number}": history}, partial / "loss.png")
+            self.record |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
+            if not is_stream(self.samples):
+                self.record["samples"]["failed_in_training"] = len(report.failed)
+            self._write_record(partial)
+        return model
+
+    def _write_record(self, folder: Path) -> None:
         if processes().is_main_process:
-            write_atomically(partial / RECORD, json.dumps(record, indent=1))
-        if recipe.lora:
-            model = lora.add_adapters(model, recipe.lora, stage)
-        trainer = StageTrainer(
-            model,
-            stage,
-            training_arguments(stage_recipe, recipe, partial),
-            train_dataset=dataset,
-            data_collator=collator.collate if isinstance(dataset, StreamedSamples) else collator,
-            processing_class=processor,
-            feature_cache=collator.feature_cache,
-        )
-        if evaluation is not None:
-            evaluation.attach(trainer)
-        if trainer.is_sharded and recipe.lora and recipe.lora.merge:
-            raise ValueError("Adapters cannot be merged into sharded weights; set lora.merge to false.")
-        started = time.time()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        model = _save(trainer, model, recipe, partial)
-        if trainer.is_world_process_zero():
-            history = trainer.state.log_history
-            write_atomically(partial / "history.json", json.dumps(history, indent=1))
-            figures.save_loss_curve({f"stage {number}": history}, partial / "loss.png")
-            record |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
-            write_atomically(partial / RECORD, json.dumps(record, indent=1))
-    return model
+            write_atomically(folder / RECORD, json.dumps(self.record, indent=1))
+
+    def _dataset(self, collator: ConversationCollator, report: Report) -> OrderedSamples | StreamedSamples:
+        """The samples in their order, after a check of each; notes in the record how many there are."""
+        settings = self.recipe_of_stage
+        seed = self.recipe.seed * 10 + self.stage.number
+        if is_stream(self.samples):
+            report.path.unlink(missing_ok=True)
+
+            def encode(sample):
+                return encode_one(collator, sample, settings.max_length)
+
+            rank, count = processes().process_index, processes().num_processes
+            return StreamedSamples(self.samples, encode, report.add, seed, rank, count)
+        screened = self.screening.verdict(self.samples, collator, settings.max_length, settings.group_by_length)
+        counts = {"read": len(self.samples), "used": len(screened.indices), "skipped": len(screened.skipped)}
+        self.record["samples"] = counts
+        if screened.lengths:
+            self.record["tokens"] = {"all": sum(screened.lengths), "supervised": sum(screened.supervised)}
+        report.read = counts["read"]
+        self._announce(screened)
+        report.start(screened.skipped)
+        if not screened.indices:
+            raise ValueError(f"Stage {self.stage.number} has no sample to train on.")
+        lengths = screened.lengths if settings.group_by_length else None
+        return OrderedSamples(self.samples, screened.indices, lengths, seed, report.occurrences())
+
+    def _announce(self, screened: Screened) -> None:
+        if processes().is_main_process:
+            skipped = f" ({len(screened.skipped):,} cannot be used, see skipped.jsonl)" if screened.skipped else ""
+            tokens = f", {sum(screened.lengths):,} tokens" if screened.lengths else ""
+            rates = ", ".join(f"{module} {rate:g}" for module, rate in self.stage.learning_rates.items())
+            print(
+                f"Stage {self.stage.number}: {len(screened.indices):,} samples{skipped}{tokens}, "
+                f"{self.stage.attention_mode} attention, learning rates {rates}",
+                flush=True,
+            )
 
 
-def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path):
-    """Saves what a stage has trained; returns the model that the next one starts from."""
+def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str | None):
+    """Saves what a stage has trained; returns the model that the next one starts from.
+
+    Args:
+        start: where the model came from that adapters were added to.
+    """
     if recipe.lora and recipe.lora.merge:
         adapter = folder / "adapter"
         trainer.save_model(str(adapter))
         (adapter / "training_args.bin").unlink(missing_ok=True)
-        if recipe.lora.quantize:  # what was rounded to few bits is not what adapters should be added to
-            base, _ = load_model(recipe.model.start, recipe.model.dtype)
+        if recipe.lora.quantize and start:  # what was rounded to few bits is not what adapters should be added to
+            base, _ = load_model(start, recipe.model.dtype)
             model = lora.merged(adapter, base)
         else:
             model = model.merge_and_unload()
@@ -264,48 +314,6 @@ def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path):
             model, _ = load_model(str(folder), recipe.model.dtype)
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
     return model
-
-
-def _dataset(samples, collator, recipe: Recipe, stage_recipe: StageRecipe, folder: Path, record: dict, verdicts: dict):
-    """The data set of a stage, after a look at each sample; notes in `record` how many there are."""
-    seed = recipe.seed * 10 + stage_recipe.stage.number
-    report = folder / "skipped.jsonl"
-    if is_stream(samples):
-        report.unlink(missing_ok=True)
-
-        def encode(sample):
-            return encode_one(collator, sample, stage_recipe.max_length)
-
-        skipped = StreamReport(report, recipe.max_skipped)
-        return StreamedSamples(samples, encode, skipped, seed, processes().process_index, processes().num_processes)
-    verdict = [None]
-    if processes().is_main_process:
-        key = (samples.fingerprint, collator.text_format, stage_recipe.max_length)
-        if key not in verdicts:
-            verdicts[key] = screen(samples, collator, stage_recipe.max_length, recipe.workers)
-        verdict = [verdicts[key]]
-        write_report(verdict[0].skipped, report)
-    (screened,) = broadcast_object_list(verdict)
-    record["samples"] = {"read": len(samples), "used": len(screened.indices), "skipped": len(screened.skipped)}
-    record["tokens"] = {"all": sum(screened.lengths), "supervised": sum(screened.supervised)}
-    _announce(stage_recipe, screened)
-    refuse_if_too_many(screened.skipped, len(samples), recipe.max_skipped, report)
-    if not screened.indices:
-        raise ValueError(f"Stage {stage_recipe.stage.number} has no sample to train on.")
-    lengths = screened.lengths if stage_recipe.group_by_length else None
-    return OrderedSamples(samples, screened.indices, lengths, seed)
-
-
-def _announce(stage_recipe: StageRecipe, screened: Screened) -> None:
-    stage = stage_recipe.stage
-    if processes().is_main_process:
-        skipped = f" ({len(screened.skipped):,} cannot be used, see skipped.jsonl)" if screened.skipped else ""
-        rates = ", ".join(f"{module} {rate:g}" for module, rate in stage.learning_rates.items())
-        print(
-            f"Stage {stage.number}: {len(screened.indices):,} samples{skipped}, {sum(screened.lengths):,} tokens, "
-            f"{stage.attention_mode} attention, learning rates {rates}",
-            flush=True,
-        )
 
 
 def _feature_cache(model, recipe: Recipe, stage_recipe: StageRecipe) -> FeatureCache | None:

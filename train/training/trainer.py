@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
 from prefixvlm.train.data.order import EpochSampler, OrderedSamples, StreamedSamples
+from prefixvlm.train.data.screening import Report
 from prefixvlm.train.recipes.stages import MODULES, Stage
 from prefixvlm.train.training.checkpoints import SealCheckpoints
 from prefixvlm.train.training.cost import gradient_norms, peak_memory, peak_rate, training_flops
@@ -45,13 +46,15 @@ class StageTrainer(Trainer):
     Args:
         stage: the stage; its rates and schedule win over those of `args`.
         feature_cache: the `FeatureCache` that the collator looks images up in, if any.
+        report: the `Report` that samples are added to which fail in training.
         args, kwargs: as for `Trainer`.
     """
 
-    def __init__(self, model, stage: Stage, args, feature_cache=None, **kwargs):
+    def __init__(self, model, stage: Stage, args, feature_cache=None, report: Report | None = None, **kwargs):
         stage.prepare(model)
         self.stage = stage
         self.feature_cache = feature_cache
+        self.report = report
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(SealCheckpoints())
         self.add_callback(_BeforeEveryStep(self))
@@ -132,7 +135,7 @@ class StageTrainer(Trainer):
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, StreamedSamples):
             return super().get_train_dataloader()
-        # a stream deals its samples out to the processes by itself; accelerate would deal them out once more
+        # each process reads its share of a stream; accelerate would share it out once more
         return torch.utils.data.DataLoader(
             self.train_dataset,
             batch_size=self.args.train_batch_size,
@@ -143,6 +146,10 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_noised = inputs.pop("is_noised", None)
+        for seed, name, reason in inputs.pop("failed", ()):
+            self.report.add(name, reason, occurrence=seed)
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # a batch may hold nothing but padding samples
         self._meter.add_batch(inputs)
         if "image_keys" in inputs:
             encode = self.accelerator.unwrap_model(model).get_vision_features
@@ -176,6 +183,8 @@ class StageTrainer(Trainer):
             logs |= {f"learning_rate/{group['module']}": group["lr"] for group in self.optimizer.param_groups}
             logs |= self._norms_before_clipping(logs.get("grad_norm"))
             logs |= self._throughput()
+            if self.report is not None:
+                self.report.exchange()
         super().log(logs, *args, **kwargs)
 
     def _norms_before_clipping(self, total: float | None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tiny import tiny_processor, tiny_tokenizer
 from prefixvlm.cli import main
 from prefixvlm.train.data import screening, sources
 from prefixvlm.train.data.collator import ConversationCollator
-from prefixvlm.train.data.screening import screen
+from prefixvlm.train.data.screening import Screened, Screening, screen
 
 ROWS = 40
 BAD = {  # row: what is wrong with it
@@ -25,13 +26,14 @@ BAD = {  # row: what is wrong with it
     23: "not valid JSON",
     31: "tokens, the limit is",
 }
+CUT = 7  # whose header is whole, so that only decoding shows it
 
 
 @pytest.fixture
 def rows(tmp_path) -> Path:
     Image.new("RGB", (40, 40), "green").save(tmp_path / "good.jpg")
     whole = (tmp_path / "good.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.jpg").write_bytes(whole[:-20])
     lines = []
     for number in range(1, ROWS + 1):
         row = {"image": "good.jpg", "question": f"Which number, {number}?", "answer": f"number {number}"}
@@ -65,7 +67,7 @@ def test_a_progress_bar_switched_off_changes_nothing(rows, monkeypatch):
     monkeypatch.setattr(screening, "tqdm", partial(screening.tqdm, disable=True))
     unseen = screen(samples, collator, 300)
     assert unseen == seen
-    assert unseen.indices == [index for index in range(ROWS) if index + 1 not in BAD]
+    assert unseen.indices == [index for index in range(ROWS) if index + 1 not in BAD or index + 1 == CUT]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -73,8 +75,9 @@ def test_each_bad_row_is_found_and_named(rows, workers):
     samples = sources.load("vqa", path=str(rows))
     screened = screen(samples, ConversationCollator(tiny_processor(), "conversation"), 300, workers)
     assert len(screened.indices) + len(screened.skipped) == len(samples) == ROWS
-    assert [index + 1 for index in screened.indices] == [number for number in range(1, ROWS + 1) if number not in BAD]
-    for name, reason in screened.skipped:
+    assert {index + 1 for index in screened.indices} == set(range(1, ROWS + 1)) - set(BAD) | {CUT}
+    for index, name, reason in screened.skipped:
+        assert name == samples.name(index)
         assert BAD[int(name.rpartition("row ")[2])] in reason
 
 
@@ -94,9 +97,9 @@ def test_rows_in_are_rows_trained_and_rows_reported(rows, monkeypatch):
     encoded = ConversationCollator.encoded
 
     def counting(self, conversations):
-        # those of training have a seed, those of screening not
-        seen.update(sample.turns[-1][1] for sample in conversations if sample.seed is not None)
-        return encoded(self, conversations)
+        samples = encoded(self, conversations)
+        seen.update(one.turns[-1][1] for one in conversations if not one.is_padding_sample)
+        return samples
 
     monkeypatch.setattr(ConversationCollator, "encoded", counting)
     assert main(["train", recipe(rows, max_skipped=0.2)]) == 0
@@ -105,7 +108,8 @@ def test_rows_in_are_rows_trained_and_rows_reported(rows, monkeypatch):
     assert all(BAD[number] in found[number] for number in BAD)
     assert seen == Counter(f"number {number}" for number in range(1, ROWS + 1) if number not in found)
     record = json.loads((folder / "run.json").read_text())
-    assert record["samples"] == {"read": ROWS, "used": ROWS - len(BAD), "skipped": len(BAD)}
+    screened = len(BAD) - 1
+    assert record["samples"] == {"read": ROWS, "used": ROWS - screened, "skipped": screened, "failed_in_training": 1}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -129,3 +133,98 @@ def test_nothing_to_train_on(rows, capsys):
     rows.write_text("{\n{\n")
     assert main(["train", recipe(rows, max_skipped=1.0)]) == 2
     assert "has no sample to train on" in capsys.readouterr().err
+
+
+def test_nothing_is_decoded_or_tokenized_before_training(rows, monkeypatch):
+    monkeypatch.setattr("prefixvlm.processing.images_prefix_vlm._to_rgb", lambda image: pytest.fail("decoded"))
+    samples, collator = sources.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), "conversation")
+    monkeypatch.setattr(ConversationCollator, "lengths", lambda *_: pytest.fail("tokenized"))
+    assert len(screen(samples, collator).indices) == ROWS - len(BAD) + 2  # nor are samples too long, with no limit
+
+
+@pytest.mark.parametrize("text_format", ["caption", "conversation"])
+def test_lengths_need_no_pixels(rows, text_format):
+    samples, collator = sources.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), text_format)
+    chosen = [samples[index] for index in (0, 1, 4)]
+    expected = [(len(one), int((one.labels != -100).sum())) for one in collator.encoded(chosen)]
+    gone = [replace(one, images=["gone.jpg"]) for one in chosen]
+    assert collator.lengths(gone) == expected
+
+
+def test_a_sample_that_fails_in_training_becomes_a_padding_sample(rows):
+    samples = sources.load("vqa", path=str(rows))
+    strict, padding = (ConversationCollator(tiny_processor(), "conversation", pad_failures=pad) for pad in (False, True))
+    chosen = [replace(samples[index], seed=f"0.0.{index}") for index in (CUT - 2, CUT - 1, CUT)]
+    with pytest.raises(ValueError, match="cut.jpg cannot be read"):
+        strict(chosen)
+    batch = padding(chosen)
+    ((seed, name, reason),) = batch.pop("failed")
+    assert (seed, name) == (f"0.0.{CUT - 1}", samples.name(CUT - 1))
+    assert "cut.jpg" in reason
+    assert (batch["labels"][1] == -100).all()
+    assert len(batch["pixel_values"]) == 3
+    others = strict([chosen[0], chosen[2]])
+    for name in ("input_ids", "labels", "pixel_values"):
+        assert (batch[name][[0, 2]] == others[name]).all()
+
+
+def test_one_failing_sample_in_every_epoch_counts_once(rows):
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([lines[0], lines[CUT - 1], *lines[7:10]]) + "\n")
+    assert main(["train", recipe(rows, max_skipped=0.2), "stages.3.epochs=3", "stages.3.batch_size=2"]) == 0
+    lines = [json.loads(line) for line in (rows.parent / "out" / "stage-3" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["sample"].rpartition("row ")[2] for line in lines] == ["2"] * 3
+    assert len({line["occurrence"] for line in lines}) == 3
+    assert json.loads((rows.parent / "out" / "stage-3" / "run.json").read_text())["samples"]["failed_in_training"] == 1
+
+
+def test_failures_in_training_count_towards_max_skipped(rows, capsys):
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[7:10], lines[CUT - 1]]) + "\n")
+    assert main(["train", recipe(rows, max_skipped=0.2), "stages.3.epochs=2", "logging_steps=1"]) == 2
+    assert "1 of 4 samples cannot be used, more than the 20.00% that max_skipped allows" in capsys.readouterr().err
+
+
+def test_shares_of_processes_make_the_whole(rows):
+    samples, collator = sources.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), "conversation")
+    whole = screen(samples, collator, 300)
+    shares = [screen(samples, collator, 300, state=Process(rank)) for rank in range(3)]
+    assert {len(share.indices) + len(share.skipped) for share in shares} == {13, 14}
+    assert Screened.joined(shares) == whole
+
+
+def test_processes_meet_while_they_screen(rows, monkeypatch):
+    monkeypatch.setattr(screening, "BARRIER_EVERY", 5)
+    samples, collator = sources.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), "conversation")
+    monkeypatch.setattr(screening, "BATCH", 4)
+    met = []
+    for rank in range(3):
+        process = Process(rank)
+        screen(samples, collator, state=process)
+        met.append(process.met)
+    assert met == [ROWS // 15] * 3  # each as often as the others, or one would wait for ever
+
+
+def test_a_verdict_is_kept_for_resume_alone(rows, tmp_path, monkeypatch):
+    samples, collator = sources.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), "conversation")
+    first = Screening(tmp_path / "kept").verdict(samples, collator, 300, False)
+    calls = []
+    monkeypatch.setattr(screening, "screen", lambda *_: calls.append(1) or first)
+    resumed = Screening(tmp_path / "kept", resume=True)
+    assert resumed.verdict(samples, collator, 300, False) == first
+    assert not calls
+    resumed.verdict(samples, collator, 200, False)  # another question
+    Screening(tmp_path / "kept").verdict(samples, collator, 300, False)  # another run, whose images may be others
+    assert len(calls) == 2
+
+
+class Process:
+    """One of three processes, as accelerate tells it."""
+
+    num_processes = 3
+
+    def __init__(self, rank: int):
+        self.process_index, self.met = rank, 0
+
+    def wait_for_everyone(self) -> None:
+        self.met += 1

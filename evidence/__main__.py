@@ -1,4 +1,4 @@
-"""`python -m evidence`: runs every study that has its data, several jobs at a time, and writes docs/EVIDENCE.md.
+"""`python -m evidence`: runs every study that has its data, several jobs at a time, and fills in docs/EVIDENCE.md.
 
 A job is one training and its test, in a process of its own with one thread; what is finished is kept, so that an
 interrupted run goes on.
@@ -7,6 +7,7 @@ interrupted run goes on.
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from evidence import report, studies
 from evidence.studies import Workspace
+from prefixvlm.inference.environment import versions
 
 
 def phases(workspace: Workspace, seeds: range) -> list[dict]:
@@ -94,7 +96,7 @@ def main() -> int:
     options.add_argument("--workers", type=int, default=2, help="jobs at a time, of one thread each (default: 2)")
     options.add_argument("--seeds", type=int, default=len(studies.SEEDS), help="seeds an arm (default: 5)")
     options.add_argument("--job", help="run this job alone, here")
-    options.add_argument("--report", type=Path, default=Path("docs/EVIDENCE.md"), help="default: docs/EVIDENCE.md")
+    options.add_argument("--report", type=Path, default=report.PAGE, help="page to fill in (default: docs/EVIDENCE.md)")
     options = options.parse_args()
     workspace, seeds = Workspace(options.data, options.output), range(options.seeds)
     if options.data is not None and not (options.data / "ucm_captions").is_dir():
@@ -109,6 +111,11 @@ def main() -> int:
     if options.job:
         run_job(workspace, seeds, options.job)
         return 0
+    try:
+        report.check(options.report)  # before the work, so that none is lost
+    except ValueError as error:
+        print(f"python -m evidence: {error}", file=sys.stderr)
+        return 2
     logs = options.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "evidence", "--output", str(options.output), "--seeds", str(options.seeds)]
@@ -130,9 +137,14 @@ def main() -> int:
     results = {
         name: json.loads(result_file(workspace, name).read_text()) for phase in phases(workspace, seeds) for name in phase
     }
-    command = "make evidence DATA=folder" if options.data else "make evidence"
-    report.write(results, options.report, seconds / 60, command)
-    print(f"Wrote {options.report}")
+    results["run"] = {
+        "command": "make evidence DATA=folder" if options.data else "make evidence",
+        "minutes": round(seconds / 60),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": versions(),
+    }
+    report.write(results, options.report)
+    print(f"Saved to {options.report}")
     return 0
 
 

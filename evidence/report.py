@@ -1,200 +1,156 @@
-"""docs/EVIDENCE.md and its figures, from the results of all jobs; no figure and no verdict in it is written by hand."""
+"""The tables of docs/EVIDENCE.md, from the results of all jobs; the prose around them is written by hand.
+
+    python -m evidence.report
+
+fills the page's marked places anew from docs/evidence/results.json. The figures need the loss curves as well, which only
+`make evidence` has.
+"""
 
 import json
-import os
-import platform
+import re
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
-from evidence import backbones, studies
+from evidence import figures, studies
+from evidence.results import ARM_NAMES, DECODER_NAMES, MASKS, Results
 from evidence.statistics import Difference, difference, mean
-from prefixvlm.train.evaluation.figures import save
 
-ARM_NAMES = {
-    "prefix": "prefix",
-    "causal": "causal",
-    "prefix_all_images": "prefix_all_images",
-    "without-stage-0": "without stage 0",
-    "without-stage-1": "without stage 1",
-    "single-stage": "one single stage",
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "EVIDENCE.md"
+MARK, END = "<!-- table: {} -->", "<!-- /table -->"
+OPENED = re.compile(MARK.format(r"(\S+)"))
+PLACE = re.compile(f"{OPENED.pattern}(.*?){END}", re.DOTALL)
+ACCURACIES = {
+    "overall_accuracy": "accuracy, %",
+    "yes_no_accuracy": "yes/no, %",
+    "open_accuracy": "colours and shapes, %",
 }
+CAPTION_SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "class_accuracy": "class named, %"}
 
 
-class Results:
-    """The results of all jobs, by study and arm."""
+def write(results: dict[str, dict], page: Path) -> None:
+    """Fills the page's places, and writes results.json and the figures into the folder `evidence/` beside it.
 
-    def __init__(self, results: dict[str, dict]):
-        self.all = results
+    Args:
+        results: of all jobs by name, and under `run` how they came about (`_run` lists what that says).
 
-    def arm(self, prefix: str) -> list[dict]:
-        """The results of an arm, in the order of seeds."""
-        found = [(int(name.rpartition("/")[2]), value) for name, value in self.all.items() if name.startswith(prefix + "/")]
-        return [value for _, value in sorted(found, key=lambda pair: pair[0])]
-
-    def values(self, prefix: str, key: str) -> list[float]:
-        return [value[key] for value in self.arm(prefix)]
-
-    def has(self, study: str) -> bool:
-        return any(name.startswith(study + "/") for name in self.all)
-
-
-def write(results: dict[str, dict], path: Path, minutes: float, command: str) -> None:
-    """Writes the page, its figures and results.json below the folder `evidence/` beside it."""
+    Raises:
+        ValueError: as `check`.
+    """
     found = Results(results)
-    figures = path.parent / "evidence"
-    figures.mkdir(parents=True, exist_ok=True)
-    (figures / "results.json").write_text(json.dumps(_kept(results), indent=1) + "\n")
-    parts = [_head(found, minutes, command), *_claim_1(found, figures)]
-    if found.has("ucm"):
-        parts += [*_claim_2(found, figures), *_claim_3(found, figures), *_noise(found, figures)]
-    else:
-        parts.append("Claims 2 and 3 and stage 0's noise need `--data` and were not run.")
-    parts.append(_limits())
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    fill(page, found)
+    folder = page.parent / "evidence"
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(found.kept(), indent=1) + "\n", encoding="utf-8")
+    figures.draw(found, folder)
 
 
-def _kept(results: dict[str, dict]) -> dict:
-    """Everything but the loss curves, which would be megabytes, and where files lay on this machine."""
-    kept = {name: {key: value for key, value in one.items() if key != "losses"} for name, one in results.items()}
-    for one in kept.values():
-        if "reports" in one:
-            one["reports"] = {name: _numbers(report) for name, report in one["reports"].items()}
-    return kept
+def fill(page: Path, found: Results) -> None:
+    """Puts every table into its place; all else on the page stays as it is.
+
+    Raises:
+        ValueError: as `check`.
+    """
+
+    def filled(place: re.Match) -> str:
+        study, table = TABLES[place[1]]
+        body = table(found) if study is None or found.has(study) else "Not run: this needs `--data`."
+        return f"{MARK.format(place[1])}\n\n{body}\n\n{END}"
+
+    page.write_text(PLACE.sub(filled, check(page)), encoding="utf-8")
 
 
-def _numbers(report: dict) -> dict:
-    sets = {writer: {k: v for k, v in one.items() if k != "file"} for writer, one in report["sets"].items()}
-    return {"sets": sets, "pairs": report["pairs"]}
+def check(page: Path) -> str:
+    """The text of a page that has one place for each table: `<!-- table: NAME -->`, and after it `<!-- /table -->`.
 
-
-def _head(found: Results, minutes: float, command: str) -> str:
-    seconds = sum(one.get("job_seconds", 0) for one in found.all.values())
-    return f"""# Evidence: the paper's claims at small scale
-
-Written by `{command}` in {minutes:.0f} minutes ({seconds / 60:.0f} minutes of computing, one thread a job) on
-{os.cpu_count()} cores, {platform.machine()}, no GPU; torch {torch.__version__}, transformers {transformers.__version__},
-Python {platform.python_version()}. Every number below comes from that command; those behind the tables are in
-[evidence/results.json](evidence/results.json). Nobody has edited a verdict: "no difference shown" stands wherever the
-p-value of a paired t-test over seeds is 0.05 or more. Intervals are 95% over seeds, p-values are not corrected for how many
-there are.
-
-The models are tiny: an encoder of {backbones.VISION["num_hidden_layers"]} layers on 36 patches, trained as SigLIP is, and a
-decoder of {backbones.DECODER["num_hidden_layers"]} layers, both of width 96, pretrained on the training split alone
-(`evidence/backbones.py`), then aligned by the recipes of `evidence/studies.py`. All arms of a study share the pretrained
-backbones; seeds change the projector's start, the order of the data and the noise."""
+    Raises:
+        ValueError: if there is no page, or a place is missing, unknown, there twice, or not closed, saying which.
+    """
+    if not page.is_file():
+        raise ValueError(f"There is no page {page}; write one that marks the tables' places as docs/EVIDENCE.md does.")
+    text = page.read_text(encoding="utf-8")
+    opened = OPENED.findall(text)
+    closed = [name for name, body in PLACE.findall(text) if not OPENED.search(body)]
+    for name in [*opened, *TABLES]:
+        if name not in TABLES:
+            raise ValueError(f"{page} has a place for a table {name!r}; the tables are {', '.join(TABLES)}.")
+        if opened.count(name) != 1:
+            count = "several places" if name in opened else "no place"
+            raise ValueError(f"{page} has {count} for the table {name!r}; give it one: {MARK.format(name)} and {END}.")
+        if name not in closed:
+            raise ValueError(f"{page}: the place of the table {name!r} has no end; close it by {END}.")
+    return text
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
-def _by_mask(found: Results, study: str, keys: dict[str, str], modes: list[str]) -> str:
-    heads = ["mask", *keys.values()]
-    rows = [[mode, *(str(mean(found.values(f"{study}/{mode}", key))) for key in keys)] for mode in modes]
-    first, *others = modes
-    for other in others:
-        apart = [difference(found.values(f"{study}/{first}", key), found.values(f"{study}/{other}", key)) for key in keys]
-        rows.append([f"{first} - {other}", *map(str, apart)])
-    return _table(heads, rows)
+def _verdict(apart: Difference, better: str = "holds here", worse: str = "the opposite holds here") -> str:
+    return f"**{apart.verdict(better, worse)}**"
 
 
-def _claim_1(found: Results, figures: Path) -> list[str]:
-    seeds = len(found.arm("easy/prefix"))
-    accuracies = {
-        "overall_accuracy": "accuracy, %",
-        "yes_no_accuracy": "yes/no, %",
-        "open_accuracy": "colours and shapes, %",
-    }
-    apart = {"easy-VQA": _against_causal(found, "easy", "overall_accuracy")}
-    parts = [
-        '## Claim 1: "no mask on visual inputs"',
-        f"""The same four stages, steps and {seeds} seeds; the arms differ in the mask of stages 1 to 3 (stage 0 is
-bidirectional in all). With one image in front `prefix_all_images` allows exactly what `prefix` allows: the weights after
-all stages of seed 0 {_same(found)}. It is therefore compared where it differs, on questions about one of two images.
-
-### easy-VQA, one image ({studies.EASY_QUESTIONS:,} test questions, greedy answers)
-
-{_by_mask(found, "easy", accuracies, ["prefix", "causal"])}
-
-### easy-VQA, two images ("second: what color is the shape?"; {studies.TWO_IMAGES:,} test questions)
-
-{_by_mask(found, "pairs", accuracies, ["prefix", "causal", "prefix_all_images"])}""",
-    ]
-    apart["easy-VQA, two images"] = _against_causal(found, "pairs", "overall_accuracy")
-    if found.has("ucm"):
-        keys = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "class_accuracy": "class named, %"}
-        parts.append(
-            f"### UCM captions (210 test images, greedy captions)\n\n{_by_mask(found, 'ucm', keys, ['prefix', 'causal'])}"
-        )
-        apart["UCM captions"] = _against_causal(found, "ucm", "CIDEr")
-    lines = [
-        f"- {name}: **{one.verdict('holds here', 'the opposite holds here')}** ({one})." for name, one in apart.items()
-    ]
-    parts.append("\n".join(["prefix - causal:", "", *lines]))
-    _bars(found, figures / "masks.png")
-    parts.append("![accuracy and CIDEr by mask](evidence/masks.png)")
-    if found.has("ucm"):
-        _curves(
-            {arm: found.arm(f"ucm/{arm}") for arm in ("prefix", "causal")}, ("0", "1", "2", "3"), figures / "losses.png"
-        )
-        parts.append(
-            "Training losses of the four stages, as in the paper's Fig. 4 (mean and range over seeds, UCM captions):\n\n"
-            "![training losses](evidence/losses.png)"
-        )
-    return parts
+def _run(found: Results) -> str:
+    run = found.all["run"]
+    minutes = sum(one.get("job_seconds", 0) for one in found.all.values()) / 60
+    heads = ["command", "minutes", "of computing, one thread a job", "machine", "versions"]
+    row = [f"`{run['command']}`", f"{run['minutes']:.0f}", f"{minutes:.0f}", run["machine"]]
+    return _table(heads, [[*row, ", ".join(f"{name} {version}" for name, version in run["versions"].items())]])
 
 
-def _against_causal(found: Results, study: str, key: str) -> Difference:
-    return difference(found.values(f"{study}/prefix", key), found.values(f"{study}/causal", key))
-
-
-def _same(found: Results) -> str:
-    studies_compared = [study for study in ("easy", "ucm") if found.has(study)]
-    same = [
-        found.arm(f"{study}/prefix_all_images")[0]["weights_sha256"] == found.arm(f"{study}/prefix")[0]["weights_sha256"]
-        for study in studies_compared
-    ]
-    names = " and ".join({"easy": "easy-VQA", "ucm": "UCM captions"}[study] for study in studies_compared)
-    return f"are the same bit for bit on {names}" if all(same) else f"are NOT the same on {names}, which is a defect"
-
-
-def _claim_2(found: Results, figures: Path) -> list[str]:
-    arms = list(studies.UCM_ARMS)
-    arms.remove("causal")
+def _same_weights(found: Results) -> str:
     rows = []
-    for arm in arms:
+    for study, name in (("easy", "easy-VQA"), ("ucm", "UCM captions")):
+        if found.has(study):
+            ours, other = (found.arm(f"{study}/{mode}")[0]["weights_sha256"] for mode in ("prefix", "prefix_all_images"))
+            rows.append([name, "the same bit for bit" if ours == other else "NOT the same, which is a defect"])
+    return _table(["data", "weights under `prefix` and `prefix_all_images`, seed 0"], rows)
+
+
+def _by_mask(found: Results, study: str, keys: dict[str, str]) -> str:
+    first, *others = MASKS[study]
+    rows = [[mode, *(str(mean(found.values(f"{study}/{mode}", key))) for key in keys)] for mode in MASKS[study]]
+    for other in others:
+        rows.append([f"{first} - {other}", *(str(_masks_apart(found, study, key, other)) for key in keys)])
+    return _table(["mask", *keys.values()], rows)
+
+
+def _masks_apart(found: Results, study: str, key: str, other: str = "causal") -> Difference:
+    return difference(found.values(f"{study}/prefix", key), found.values(f"{study}/{other}", key))
+
+
+def _masks(found: Results) -> str:
+    scores = {
+        "easy-VQA, accuracy, %": ("easy", "overall_accuracy"),
+        "easy-VQA, two images, accuracy, %": ("pairs", "overall_accuracy"),
+        "UCM captions, CIDEr": ("ucm", "CIDEr"),
+    }
+    apart = {name: _masks_apart(found, *score) for name, score in scores.items() if found.has(score[0])}
+    rows = [[name, str(one), _verdict(one)] for name, one in apart.items()]
+    return _table(["score", "prefix - causal", "the claim"], rows) + "\n\n![accuracy and CIDEr by mask](evidence/masks.png)"
+
+
+def _stages(found: Results) -> str:
+    rows = []
+    for arm, name in ARM_NAMES.items():
         steps = ", ".join(f"{number}: {count}" for number, count in studies.UCM_ARMS[arm][1].items())
-        operations = np.mean(found.values(f"ucm/{arm}", "teraflops"))
+        operations = f"{np.mean(found.values(f'ucm/{arm}', 'teraflops')):.1f}"
         scores = [str(mean(found.values(f"ucm/{arm}", key))) for key in ("CIDEr", "class_accuracy")]
-        name = "all four stages" if arm == "prefix" else ARM_NAMES[arm]
-        rows.append([name, steps, f"{operations:.1f}", *scores])
-    lines = []
-    for arm in arms[1:]:
         apart = difference(found.values("ucm/prefix", "CIDEr"), found.values(f"ucm/{arm}", "CIDEr"))
-        verdict = apart.verdict("holds here", "the opposite holds here")
-        lines.append(f"- all four stages against {ARM_NAMES[arm]}: **{verdict}** ({apart} CIDEr).")
-    _ablation(found, arms, figures / "stages.png")
-    return [
-        '## Claim 2: "more alignment work"',
-        "UCM captions, prefix mask. Without a stage its steps go to the other alignment stage; the single stage trains "
-        "everything at once on what the four stages see, for as many floating-point operations (counted as the trainer "
-        "counts them for MFU).",
-        _table(["arm", "steps of each stage", "TFLOP", "CIDEr", "class named, %"], rows),
-        "\n".join(lines),
-        "![CIDEr by stages](evidence/stages.png)",
-    ]
+        compared = ["", ""] if arm == "prefix" else [str(apart), _verdict(apart)]
+        rows.append([name, steps, operations, *scores, *compared])
+    heads = ["arm", "steps of each stage", "TFLOP", "CIDEr", "class named, %", "all four stages - this, CIDEr", "the claim"]
+    return _table(heads, rows) + "\n\n![CIDEr by stages](evidence/stages.png)"
 
 
-def _claim_3(found: Results, figures: Path) -> list[str]:
-    rows, held = [], []
+def _texts(found: Results) -> str:
+    rows = []
     for decoder in studies.DECODERS:
         for name, report in found.all[f"texts/{decoder}"]["reports"].items():
             (pair,) = report["pairs"]
             human, machine = (report["sets"][writer] for writer in ("human", "machine"))
             low, high = pair["difference_interval"]
+            sign = "lower" if pair["difference"] < 0 else "higher"
             rows.append(
                 [
                     DECODER_NAMES[decoder],
@@ -204,78 +160,45 @@ def _claim_3(found: Results, figures: Path) -> list[str]:
                     f"{machine['loss']:.3f}",
                     f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
                     f"{pair['p_value']:.4f}",
+                    f"**{sign}**" if pair["p_value"] < 0.05 else "**not shown to differ**",
                     f"{100 * pair['share_lower']:.0f}%",
                     f"{human['loss_per_character']:.3f} / {machine['loss_per_character']:.3f}",
                 ]
             )
-            below = pair["p_value"] < 0.05 and pair["difference"] < 0
-            above = pair["p_value"] < 0.05 and pair["difference"] > 0
-            held.append((decoder, name, "lower" if below else "higher" if above else "not shown to differ"))
-    heads = ["decoder trained on", "texts", "pairs", "human", "machine", "machine - human", "p", "machine lower in"]
-    summary = ", ".join(f"{name} ({DECODER_NAMES[decoder]}): {what}" for decoder, name, what in held)
-    human, machine = (found.values(f"coco/{writer}", "last_loss") for writer in ("human", "machine"))
-    apart = difference(human, machine)
-    started = [mean(found.values(f"coco/{writer}", "first_loss")) for writer in ("human", "machine")]
-    _text_points(found, figures / "text_loss.png")
-    _curves(
-        {writer: found.arm(f"coco/{writer}") for writer in ("human", "machine")}, ("1", "2"), figures / "convergence.png"
-    )
-    verdict = apart.verdict("holds here", "the opposite holds here")
-    return [
-        '## Claim 3: "faster on AI text"',
-        "### A decoder's loss on human and on machine texts (Fig. 5a)\n\n"
-        "`prefixvlm text-loss`, nats per token, of decoders that were trained here: on neutral prose (Python's language "
-        "reference, neither caption nor machine), on captions by humans alone, and on as many captions by machines as by "
-        "humans (of COCO images that are not tested on). Machine captions are those of nine captioners, the other texts "
-        "are GPT's answers to the same prompts. Differences are row by row.",
-        _table([*heads, "nats per character, human / machine"], rows),
-        f"Machine text's loss per token is: {summary}.",
-        "![losses on texts](evidence/text_loss.png)",
-        "### How fast a captioner learns them (Fig. 5b)\n\n"
-        "144 COCO photos with five human or five machine captions each, the same steps and seeds; the decoder had seen "
-        f"both kinds equally. Loss at the first log {started[0]} (human) and {started[1]} (machine), over the last 20 "
-        f"steps {mean(human)} and {mean(machine)}; human - machine {apart}: **{verdict}**. Ending lower is what the paper "
-        "calls faster convergence; a text that varies less ends lower however it is learnt.",
-        "![convergence](evidence/convergence.png)",
+    heads = ["decoder trained on", "texts", "pairs", "human", "machine", "machine - human", "p", "machine's loss"]
+    heads += ["machine lower in", "nats per character, human / machine"]
+    return _table(heads, rows) + "\n\n![losses on texts](evidence/text_loss.png)"
+
+
+def _convergence(found: Results) -> str:
+    keys = ("first_loss", "last_loss")
+    losses = {writer: [found.values(f"coco/{writer}", key) for key in keys] for writer in ("human", "machine")}
+    rows = [[f"{writer}s", *map(str, map(mean, values)), ""] for writer, values in losses.items()]
+    apart = difference(losses["human"][1], losses["machine"][1])
+    rows.append(["human - machine", "", str(apart), _verdict(apart)])
+    heads = ["captions by", "loss at the first log", "loss over the last 20 steps", "the claim"]
+    return _table(heads, rows) + "\n\n![convergence](evidence/convergence.png)"
+
+
+def _noise(found: Results) -> str:
+    keys = ("target_visible", "target_noised", "prefix_mask")
+    rows = [
+        [name, f"{100 * level:.0f}%", *(str(mean(found.values(f"noise/{trained}/{level}", key))) for key in keys)]
+        for trained, name in (("projector", "projector (as the paper)"), ("everything", "everything"))
+        for level in studies.NOISES
     ]
+    return _table(["trained", "noise", "target can be seen", "target is noise", "prefix mask"], rows)
 
 
-DECODER_NAMES = {"neutral": "neutral prose", "human": "human captions", "both": "both kinds of captions"}
-
-
-def _noise(found: Results, figures: Path) -> list[str]:
+def _short_cut(found: Results) -> str:
     rows = []
-    for trained in ("projector", "everything"):
-        for level in studies.NOISES:
-            study = f"noise/{trained}/{level}"
-            rows.append(
-                [
-                    "projector (as the paper)" if trained == "projector" else "everything",
-                    f"{100 * level:.0f}%",
-                    *(str(mean(found.values(study, key))) for key in ("target_visible", "target_noised", "prefix_mask")),
-                ]
-            )
-    verdicts = []
-    for trained, who in (("projector", "the projector alone"), ("everything", "everything")):
+    for trained, name in (("projector", "the projector alone"), ("everything", "everything")):
         without, with_noise = (_price_of_hiding(found, trained, level) for level in (0.0, 0.2))
-        more = difference(without, with_noise)
-        verdict = more.verdict("the short-cut appears", "the opposite of a short-cut appears")
-        verdicts.append(
-            f"- {who} trained without noise: a target that is noise in the input costs {mean(without)} nats more than one "
-            f"that can be seen, after training with 20% noise {mean(with_noise)}; difference {more}: **{verdict}**."
-        )
-    _noise_curves(found, figures / "noise.png")
-    return [
-        "## Stage 0's noise",
-        "In stage 0 a position sees the token that it has to predict; the paper puts noise into 20% of the input so that "
-        f"copying it (the identity short-cut) does not pay. {studies.NOISE_STEPS} steps on UCM captions, "
-        f"{len(studies.NOISE_SEEDS)} seeds; then held-out captions with 20% noise, the loss on targets that stand in the "
-        "input and on those that are noise there apart, and the loss of the same weights under the later stages' prefix "
-        "mask, where nothing can be copied.",
-        _table(["trained", "noise", "target can be seen", "target is noise", "prefix mask"], rows),
-        "\n".join(verdicts),
-        "![losses in stage 0](evidence/noise.png)",
-    ]
+        apart = difference(without, with_noise)
+        verdict = _verdict(apart, "the short-cut appears", "the opposite of a short-cut appears")
+        rows.append([name, str(mean(without)), str(mean(with_noise)), str(apart), verdict])
+    heads = ["trained", "without noise", "with 20% noise", "difference", "verdict"]
+    return _table(heads, rows) + "\n\n![losses in stage 0](evidence/noise.png)"
 
 
 def _price_of_hiding(found: Results, trained: str, level: float) -> list[float]:
@@ -285,105 +208,22 @@ def _price_of_hiding(found: Results, trained: str, level: float) -> list[float]:
     return [hidden - visible for hidden, visible in pairs]
 
 
-def _limits() -> str:
-    return """## What this cannot say
+# each table by its name on the page: the study without which there is none, and what makes it
+TABLES = {
+    "run": (None, _run),
+    "same-weights": ("easy", _same_weights),
+    "easy-vqa": ("easy", lambda found: _by_mask(found, "easy", ACCURACIES)),
+    "two-images": ("pairs", lambda found: _by_mask(found, "pairs", ACCURACIES)),
+    "ucm-captions": ("ucm", lambda found: _by_mask(found, "ucm", CAPTION_SCORES)),
+    "masks": ("easy", _masks),
+    "losses": ("ucm", lambda found: "![training losses](evidence/losses.png)"),
+    "stages": ("ucm", _stages),
+    "texts": ("texts", _texts),
+    "convergence": ("coco", _convergence),
+    "noise": ("noise", _noise),
+    "short-cut": ("noise", _short_cut),
+}
 
-Models of a million weights on pictures of 48 pixels say little about 0.9 billion weights and photographs. One pair of
-backbones a data set was pretrained, so the intervals hold for that pair. Learning rates were set once, by hand, for the
-prefix arm, and not tuned for any other. A larger variant on a GPU: not measured."""
-
-
-def _bars(found: Results, path: Path) -> None:
-    panels = [("easy", "overall_accuracy", "easy-VQA, accuracy %"), ("pairs", "overall_accuracy", "two images, accuracy %")]
-    if found.has("ucm"):
-        panels.append(("ucm", "CIDEr", "UCM captions, CIDEr"))
-    modes = {"easy": ("prefix", "causal"), "ucm": ("prefix", "causal"), "pairs": ("prefix", "causal", "prefix_all_images")}
-    _bar_panels(
-        [(title, {m: found.values(f"{study}/{m}", key) for m in modes[study]}) for study, key, title in panels], path
-    )
-
-
-def _ablation(found: Results, arms: list[str], path: Path) -> None:
-    names = {arm: "all four" if arm == "prefix" else ARM_NAMES[arm] for arm in arms}
-    _bar_panels(
-        [
-            (title, {names[arm]: found.values(f"ucm/{arm}", key) for arm in arms})
-            for key, title in (("CIDEr", "UCM captions, CIDEr"), ("class_accuracy", "class named, %"))
-        ],
-        path,
-    )
-
-
-def _bar_panels(panels: list[tuple[str, dict[str, list[float]]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axis, (title, arms) in zip(axes[0], panels, strict=True):
-        for place, values in enumerate(arms.values()):
-            average = mean(values)
-            errors = [[average.value - average.low], [average.high - average.value]]
-            axis.bar(place, average.value, color="#2a9d8f", alpha=0.6, yerr=errors, capsize=4)
-            axis.plot([place] * len(values), values, "k.", markersize=4)
-        axis.set_xticks(range(len(arms)), arms, rotation=15 if len(arms) > 3 else 0, fontsize=8)
-        axis.set_ylim(bottom=max(0.0, 0.8 * min(min(values) for values in arms.values())))
-        axis.set_title(f"{title}\n(axis cut; dots are seeds)", fontsize=9)
-    save(figure, path)
-
-
-def _curves(arms: dict[str, list[dict]], numbers: tuple[str, ...], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(numbers), figsize=(3.8 * len(numbers), 3.2), squeeze=False, layout="constrained")
-    for axis, number in zip(axes[0], numbers, strict=True):
-        for name, runs in arms.items():
-            steps = [entry["step"] for entry in runs[0]["losses"][number]]
-            losses = np.array([[entry["loss"] for entry in run["losses"][number]] for run in runs])
-            (line,) = axis.plot(steps, losses.mean(axis=0), label=name, linewidth=1.2)
-            axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=line.get_color())
-        axis.set_title(f"stage {number}")
-        axis.set_xlabel("step")
-        axis.set_ylabel("cross-entropy")
-        axis.legend()
-    save(figure, path)
-
-
-def _text_points(found: Results, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    rows = [
-        (f"{name}\n({DECODER_NAMES[decoder]})", report["sets"])
-        for decoder in studies.DECODERS
-        for name, report in found.all[f"texts/{decoder}"]["reports"].items()
-    ]
-    figure, axis = plt.subplots(figsize=(7, 0.6 * len(rows) + 1), layout="constrained")
-    for place, (_, sets) in enumerate(rows):
-        for writer, color, offset in (("human", "#6a4c93", 0.12), ("machine", "#e76f8a", -0.12)):
-            low, high = sets[writer]["loss_interval"]
-            axis.plot([low, high], [place + offset] * 2, color=color, linewidth=2)
-            axis.plot(sets[writer]["loss"], place + offset, "o", color=color, label=None if place else writer)
-    axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-    axis.set_xlabel("nats per token")
-    axis.legend()
-    save(figure, path)
-
-
-def _noise_curves(found: Results, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, trained in zip(axes, ("projector", "everything"), strict=True):
-        for level in studies.NOISES:
-            runs = found.arm(f"noise/{trained}/{level}")
-            color = None
-            for key, style in (("loss_clean", "-"), ("loss_noised", ":")):
-                if not level and key == "loss_noised":
-                    continue
-                points = [(e["step"], e.get(key, e["loss"])) for e in runs[0]["losses"]["0"]]
-                label = f"{100 * level:.0f}% noise, {'targets in the input' if style == '-' else 'targets that are noise'}"
-                (line,) = axis.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
-                color = line.get_color()
-        axis.set_title(f"trained: {trained} (seed 0)")
-        axis.set_xlabel("step")
-    axes[0].set_ylabel("training loss of stage 0")
-    axes[1].legend(fontsize=7)
-    save(figure, path)
+if __name__ == "__main__":
+    fill(PAGE, Results(json.loads((PAGE.parent / "evidence" / "results.json").read_text(encoding="utf-8"))))
+    print(f"Saved to {PAGE}")

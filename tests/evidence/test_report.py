@@ -1,10 +1,13 @@
-"""The page of evidence says what the results say, for and against the paper."""
+"""The page of evidence says what the results say, for and against the paper, and keeps what was written by hand."""
 
+import json
 import random
+import re
 
 import pytest
 
-from evidence import report, studies
+from evidence import backbones, report, studies
+from evidence.results import Results
 
 SCORES = ("overall_accuracy", "yes_no_accuracy", "open_accuracy", "CIDEr", "Bleu_4", "class_accuracy")
 MODES = ("prefix", "causal", "prefix_all_images")
@@ -23,7 +26,7 @@ def run(level: float, draw: random.Random, stages=("0", "1", "2", "3")) -> dict:
 
 def results(prefix: float, causal: float, machine: float = -0.5) -> dict[str, dict]:
     draw = random.Random(0)
-    found = {}
+    found = {"run": {"command": "make", "minutes": 12.0, "machine": "2 cores", "versions": {"torch": "2.13.0"}}}
     for seed in range(3):
         for study in ("easy", "pairs"):
             for mode in MODES if study == "pairs" else MODES[:2]:
@@ -48,41 +51,129 @@ def results(prefix: float, causal: float, machine: float = -0.5) -> dict[str, di
     return found
 
 
-def written(found: dict, tmp_path) -> str:
-    report.write(found, tmp_path / "EVIDENCE.md", 12.0, "python -m evidence")
-    return (tmp_path / "EVIDENCE.md").read_text()
+DRAW = report.figures.draw
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A page with the committed one's prose; figures take seconds, and are drawn only where a test puts `DRAW` back."""
+    monkeypatch.setattr(report.figures, "draw", lambda *given: None)
+    page = tmp_path / "EVIDENCE.md"
+    page.write_text(report.PAGE.read_text())
+    return page
+
+
+def cells(page, table: str) -> list[list[str]]:
+    """The rows of one table, without its head."""
+    body = page.read_text().partition(f"<!-- table: {table} -->")[2].partition("<!-- /table -->")[0]
+    lines = [line for line in body.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def prose(page) -> str:
+    return report.PLACE.sub("", page.read_text())
 
 
 @pytest.mark.parametrize(
     ("prefix", "causal", "verdict"),
     [(60.0, 50.0, "holds here"), (50.0, 60.0, "the opposite holds here"), (50.0, 50.0, "no difference shown")],
 )
-def test_a_claim_that_does_not_hold_is_reported_so(prefix, causal, verdict, tmp_path):
-    page = written(results(prefix, causal), tmp_path)
-    for name in ("easy-VQA", "easy-VQA, two images", "UCM captions"):
-        assert f"- {name}: **{verdict}**" in page
-    assert f"- all four stages against one single stage: **{verdict}**" in page
+def test_a_claim_that_does_not_hold_is_reported_so(prefix, causal, verdict, page):
+    report.write(results(prefix, causal), page)
+    assert [row[-1] for row in cells(page, "masks")] == [f"**{verdict}**"] * 3
+    assert cells(page, "stages")[-1][-1] == f"**{verdict}**"
 
 
-def test_texts_and_noise_are_judged_by_their_own_numbers(tmp_path):
-    page = written(results(60.0, 50.0, machine=0.5), tmp_path)
-    assert "coco (neutral prose): higher" in page
-    assert "human - machine -0.50" in page
-    alone, everything = page.partition("- everything trained without noise")[::2]
-    assert "**no difference shown**" in alone.partition("the projector alone trained without noise")[2]
-    assert "**the short-cut appears**" in everything
+def test_texts_and_noise_are_judged_by_their_own_numbers(page):
+    report.write(results(60.0, 50.0, machine=0.5), page)
+    assert cells(page, "texts")[0][7] == "**higher**"
+    assert cells(page, "convergence")[-1][2].startswith("-0.50")
+    assert [row[-1] for row in cells(page, "short-cut")] == ["**no difference shown**", "**the short-cut appears**"]
 
 
-def test_other_weights_under_the_same_mask_are_called_a_defect(tmp_path):
+def test_other_weights_under_the_same_mask_are_called_a_defect(page):
     found = results(60.0, 50.0)
-    assert "the same bit for bit" in written(found, tmp_path)
+    report.write(found, page)
+    assert [row[1] for row in cells(page, "same-weights")] == ["the same bit for bit"] * 2
     found["ucm/prefix_all_images/0"]["weights_sha256"] = "other"
-    assert "which is a defect" in written(found, tmp_path)
+    report.write(found, page)
+    assert "which is a defect" in cells(page, "same-weights")[1][1]
 
 
-def test_without_the_given_data_the_rest_is_written_and_said_so(tmp_path):
-    found = {name: one for name, one in results(60.0, 50.0).items() if name.startswith(("easy", "pairs"))}
-    page = written(found, tmp_path)
-    assert "were not run" in page
-    assert "UCM captions:" not in page
-    assert sorted(path.name for path in (tmp_path / "evidence").iterdir()) == ["masks.png", "results.json"]
+def test_without_the_given_data_the_rest_is_written_and_said_so(page, monkeypatch):
+    monkeypatch.setattr(report.figures, "draw", DRAW)
+    found = {name: one for name, one in results(60.0, 50.0).items() if name.startswith(("easy", "pairs", "run"))}
+    report.write(found, page)
+    assert page.read_text().count("Not run") == 7
+    assert "evidence/losses.png" not in page.read_text()
+    assert sorted(path.name for path in (page.parent / "evidence").iterdir()) == ["masks.png", "results.json"]
+
+
+def test_every_figure_on_the_page_is_drawn(page, monkeypatch):
+    monkeypatch.setattr(report.figures, "draw", DRAW)
+    report.write(results(60.0, 50.0), page)
+    shown = re.findall(r"\(evidence/(\w+\.png)\)", page.read_text())
+    assert sorted(shown) == sorted(path.name for path in (page.parent / "evidence").glob("*.png"))
+    assert len(shown) == 6
+
+
+def test_writing_twice_changes_nothing(page):
+    report.write(results(60.0, 50.0), page)
+    before = page.read_bytes(), (page.parent / "evidence" / "results.json").read_bytes()
+    report.write(results(60.0, 50.0), page)
+    assert before == (page.read_bytes(), (page.parent / "evidence" / "results.json").read_bytes())
+
+
+def test_another_number_changes_its_table_and_leaves_the_prose_alone(page):
+    words, found = prose(page), results(60.0, 50.0)
+    report.write(found, page)
+    before = {name: cells(page, name) for name in report.TABLES}
+    for run in (found[f"noise/everything/0.4/{seed}"] for seed in range(3)):
+        run["prefix_mask"] += 1
+    report.write(found, page)
+    assert {name for name in before if cells(page, name) != before[name]} == {"noise"}
+    assert prose(page) == words
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<!-- table: noise -->", "<!-- table: nose -->", "place for a table 'nose'; the tables are run, "),
+        ("<!-- table: noise -->", "", "no place for the table 'noise'; give it one: <!-- table: noise -->"),
+        ("<!-- table: noise -->", "<!-- table: run -->", "several places for the table 'run'"),
+        ("<!-- /table -->\n\n## What this", "## What this", "the table 'short-cut' has no end"),
+        ("<!-- /table -->", "", "the table 'run' has no end"),
+    ],
+)
+def test_a_page_whose_places_are_not_those_of_the_tables_is_refused_untouched(old, new, message, page):
+    page.write_text(page.read_text().replace(old, new, 1))
+    before = page.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        report.write(results(60.0, 50.0), page)
+    assert page.read_bytes() == before
+    assert not (page.parent / "evidence").exists()
+
+
+def test_without_a_page_the_error_says_what_it_needs(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no page .*marks the tables' places"):
+        report.check(tmp_path / "EVIDENCE.md")
+
+
+def test_the_committed_page_says_what_the_committed_results_say(page):
+    found = json.loads((report.PAGE.parent / "evidence" / "results.json").read_text())
+    report.fill(page, Results(found))
+    assert page.read_text() == report.PAGE.read_text()
+
+
+def test_the_prose_names_the_sizes_of_the_studies(page):
+    words = " ".join(prose(page).split())
+    patches = (backbones.VISION["image_size"] // backbones.VISION["patch_size"]) ** 2
+    for size in (
+        f"stages, steps and {len(studies.SEEDS)} seeds",
+        f"encoder of {backbones.VISION['num_hidden_layers']} layers on {patches} patches",
+        f"decoder of {backbones.DECODER['num_hidden_layers']} layers, both of width {backbones.DECODER['hidden_size']}",
+        f"one image ({studies.EASY_QUESTIONS:,} test questions",
+        f"{studies.TWO_IMAGES:,} test questions)",
+        f"{studies.NOISE_STEPS} steps on UCM captions, {len(studies.NOISE_SEEDS)} seeds",
+    ):
+        assert size in words

@@ -1,4 +1,4 @@
-"""Asking: a batch says what each prompt gets alone, by transformers' own calls as README shows them; streams say the same."""
+"""Asking: a batch says what each prompt gets alone, token by token without `generate`; streams say the same."""
 
 import pytest
 import torch

@@ -1,0 +1,109 @@
+"""The figures of docs/EVIDENCE.md, from the results of all jobs."""
+
+from pathlib import Path
+
+import numpy as np
+
+from evidence import studies
+from evidence.results import ARM_NAMES, DECODER_NAMES, MASKS, Results
+from evidence.statistics import mean
+from prefixvlm.train.evaluation.figures import save
+
+
+def draw(found: Results, folder: Path) -> None:
+    """Writes those figures whose studies were run."""
+    panels = {"easy": ("overall_accuracy", "easy-VQA, accuracy %"), "pairs": ("overall_accuracy", "two images, accuracy %")}
+    if found.has("ucm"):
+        panels["ucm"] = ("CIDEr", "UCM captions, CIDEr")
+    masks = [
+        (title, {mode: found.values(f"{study}/{mode}", key) for mode in MASKS[study]})
+        for study, (key, title) in panels.items()
+    ]
+    _bar_panels(masks, folder / "masks.png")
+    if not found.has("ucm"):
+        return
+    stages = [
+        (title, {name: found.values(f"ucm/{arm}", key) for arm, name in ARM_NAMES.items()})
+        for key, title in (("CIDEr", "UCM captions, CIDEr"), ("class_accuracy", "class named, %"))
+    ]
+    _bar_panels(stages, folder / "stages.png")
+    _curves({mode: found.arm(f"ucm/{mode}") for mode in MASKS["ucm"]}, ("0", "1", "2", "3"), folder / "losses.png")
+    writers = {writer: found.arm(f"coco/{writer}") for writer in ("human", "machine")}
+    _curves(writers, ("1", "2"), folder / "convergence.png")
+    _text_points(found, folder / "text_loss.png")
+    _noise_curves(found, folder / "noise.png")
+
+
+def _bar_panels(panels: list[tuple[str, dict[str, list[float]]]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (title, arms) in zip(axes[0], panels, strict=True):
+        for place, values in enumerate(arms.values()):
+            average = mean(values)
+            errors = [[average.value - average.low], [average.high - average.value]]
+            axis.bar(place, average.value, color="#2a9d8f", alpha=0.6, yerr=errors, capsize=4)
+            axis.plot([place] * len(values), values, "k.", markersize=4)
+        axis.set_xticks(range(len(arms)), arms, rotation=15 if len(arms) > 3 else 0, fontsize=8)
+        axis.set_ylim(bottom=max(0.0, 0.8 * min(min(values) for values in arms.values())))
+        axis.set_title(f"{title}\n(axis cut; dots are seeds)", fontsize=9)
+    save(figure, path)
+
+
+def _curves(arms: dict[str, list[dict]], numbers: tuple[str, ...], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(numbers), figsize=(3.8 * len(numbers), 3.2), squeeze=False, layout="constrained")
+    for axis, number in zip(axes[0], numbers, strict=True):
+        for name, runs in arms.items():
+            steps = [entry["step"] for entry in runs[0]["losses"][number]]
+            losses = np.array([[entry["loss"] for entry in run["losses"][number]] for run in runs])
+            (line,) = axis.plot(steps, losses.mean(axis=0), label=name, linewidth=1.2)
+            axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=line.get_color())
+        axis.set_title(f"stage {number}")
+        axis.set_xlabel("step")
+        axis.set_ylabel("cross-entropy")
+        axis.legend()
+    save(figure, path)
+
+
+def _text_points(found: Results, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    rows = [
+        (f"{name}\n({DECODER_NAMES[decoder]})", report["sets"])
+        for decoder in studies.DECODERS
+        for name, report in found.all[f"texts/{decoder}"]["reports"].items()
+    ]
+    figure, axis = plt.subplots(figsize=(7, 0.6 * len(rows) + 1), layout="constrained")
+    for place, (_, sets) in enumerate(rows):
+        for writer, color, offset in (("human", "#6a4c93", 0.12), ("machine", "#e76f8a", -0.12)):
+            low, high = sets[writer]["loss_interval"]
+            axis.plot([low, high], [place + offset] * 2, color=color, linewidth=2)
+            axis.plot(sets[writer]["loss"], place + offset, "o", color=color, label=None if place else writer)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axis.set_xlabel("nats per token")
+    axis.legend()
+    save(figure, path)
+
+
+def _noise_curves(found: Results, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, trained in zip(axes, ("projector", "everything"), strict=True):
+        for level in studies.NOISES:
+            runs = found.arm(f"noise/{trained}/{level}")
+            color = None
+            for key, style in (("loss_clean", "-"), ("loss_noised", ":")):
+                if not level and key == "loss_noised":
+                    continue
+                points = [(e["step"], e.get(key, e["loss"])) for e in runs[0]["losses"]["0"]]
+                label = f"{100 * level:.0f}% noise, {'targets in the input' if style == '-' else 'targets that are noise'}"
+                (line,) = axis.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
+                color = line.get_color()
+        axis.set_title(f"trained: {trained} (seed 0)")
+        axis.set_xlabel("step")
+    axes[0].set_ylabel("training loss of stage 0")
+    axes[1].legend(fontsize=7)
+    save(figure, path)

@@ -155,7 +155,7 @@ def test_a_sample_that_fails_in_training_becomes_a_padding_sample(rows):
     samples = sources.load("vqa", path=str(rows))
     strict, padding = (ConversationCollator(tiny_processor(), "conversation", pad_failures=pad) for pad in (False, True))
     chosen = [replace(samples[index], seed=f"0.0.{index}") for index in (CUT - 2, CUT - 1, CUT)]
-    with pytest.raises(ValueError, match="cut.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"cut.jpg cannot be read"):
         strict(chosen)
     batch = padding(chosen)
     ((seed, name, reason),) = batch.pop("failed")

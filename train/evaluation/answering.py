@@ -1,32 +1,12 @@
 """Answers to many questions about images, and captions of many images, generated in batches of similar length."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
 from prefixvlm.inference.asking import caption_inputs, generate_texts, prompt_inputs
 from prefixvlm.train.data.conversation import Conversation
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How texts are generated.
-
-    Attributes:
-        num_beams: 1 is greedy search.
-        max_new_tokens: where a text is cut.
-        batch_size: texts generated at once, of similar length.
-    """
-
-    num_beams: int = 1
-    max_new_tokens: int = 8
-    batch_size: int = 256
-
-    def __post_init__(self):
-        for name in ("num_beams", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+from prefixvlm.train.recipes.evaluation import Decoding
 
 
 def answer(model, processor, questions: list[Conversation], show_progress: bool = True, **decoding) -> list[str]:

@@ -16,6 +16,7 @@ from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.environment import versions
 from prefixvlm.train.evaluation.answering import Decoding, answers
 from prefixvlm.train.evaluation.metrics.intervals import bootstrap
+from prefixvlm.train.evaluation.metrics.vqa.scores import vqa_scores
 from prefixvlm.train.evaluation.tasks import Example
 
 PREDICTIONS, METRICS, SETTINGS = "predictions.jsonl", "metrics.json", "settings.json"
@@ -27,15 +28,11 @@ def scorer(kind: str) -> Callable:
     Raises:
         ImportError, OSError: if what it needs is not installed.
     """
-    try:
-        if kind == "captions":
-            from prefixvlm.train.evaluation.metrics.coco_caption.scores import caption_scores, java
+    if kind == "captions":
+        from prefixvlm.train.evaluation.metrics.coco_caption.scores import caption_scores, java
 
-            java()
-            return caption_scores
-        from prefixvlm.train.evaluation.metrics.vqa.scores import vqa_scores
-    except ImportError as error:
-        raise ImportError(f"Scores need more packages ({error}); run: pip install 'prefixvlm[eval]'") from error
+        java()
+        return caption_scores
     return lambda predictions, references: vqa_scores(
         predictions, [answers[0] if len(answers) == 1 else answers for answers in references]
     )
@@ -117,7 +114,7 @@ def _line(index: int, example: Example, prediction: str) -> str:
 
 def _read(path: Path, examples: list[Example]) -> dict[int, str]:
     """The predictions in a file, by index; what a kill has cut off is left out."""
-    found = {}
+    found: dict[int, str] = {}
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             row = json.loads(line)
@@ -135,7 +132,7 @@ def _read(path: Path, examples: list[Example]) -> dict[int, str]:
 def _gather(output: Path, examples: list[Example]) -> dict[int, str]:
     """Puts the files of all processes together as predictions.jsonl, in the order of the examples, each once."""
     others = sorted(output.glob("predictions.*.jsonl"))
-    found = {}
+    found: dict[int, str] = {}
     for path in (output / PREDICTIONS, *others):
         found |= _read(path, examples)
     lines = [_line(index, examples[index], found[index]) for index in sorted(found)]

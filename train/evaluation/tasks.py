@@ -7,12 +7,15 @@ another size than the published one.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from prefixvlm.train.data import easy_vqa, sources
+from prefixvlm.train.data import easy_vqa, forms, sources
 from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.recipes.evaluation import EvaluationSettings, TaskName
 
-KINDS = ("captions", "vqa")
-KEYS = {"captions": ("texts",), "karpathy": (), "vqa": ("question", "answer")}  # of a source, those that can be named
+Kind = Literal["captions", "vqa"]
+KEYS: dict[str, tuple[str, ...]] = {"captions": ("texts",), "karpathy": (), "vqa": ("question", "answer")}  # of each source
+MAX_NEW_TOKENS: dict[Kind, int] = {"captions": 64, "vqa": 32}  # unless the settings say otherwise
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,14 @@ class Task:
         column: where Table VI of the paper has its scores.
     """
 
-    kind: str
+    kind: Kind
     source: str | None
     rows: int | None = None
     default_data: str | None = None
     column: str | None = None
 
 
-TASKS = {
+TASKS: dict[TaskName, Task] = {
     "captions": Task("captions", "captions"),
     "vqa": Task("vqa", "vqa"),
     "flickr8k": Task("captions", "karpathy", 1000, column="Flickr8k"),
@@ -66,55 +69,45 @@ def spread(items: list, count: int) -> list:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def load_examples(
-    task: str, path: str | None = None, images: str | None = None, split: str = "test", prompt: str | None = None, **keys
-) -> list[Example]:
-    """The examples of a task, all of them.
-
-    Args:
-        task: one of `TASKS`.
-        path: a file, folder, glob or Hub id; `read_rows` says more. COCO's own captions_*.json will do for `captions`.
-        images: the folder of the images, by default beside `path`.
-        split: of the rows.
-        prompt: asks for captions in these words, where by default the image stands alone as in stages 0 to 2.
-        keys: the names of keys: `texts` for captions, `question` and `answer` for vqa.
+def load_examples(settings: EvaluationSettings) -> list[Example]:
+    """The examples of a task, all of them. COCO's own captions_*.json will do as `data` of the task `captions`.
 
     Raises:
-        ValueError: for an unknown task, data that cannot be read, a row without image, question or reference, or a
-            published test split of a wrong size.
+        ValueError: for settings that the task has no use for, data that cannot be read, a row without image, question or
+            reference, or a published test split of a wrong size.
     """
-    if task not in TASKS:
-        raise ValueError(f"There is no task {task!r}; choose one of {', '.join(TASKS)}.")
-    kind, path = TASKS[task].kind, path or TASKS[task].default_data
-    if prompt is not None and kind != "captions":
-        raise ValueError(f"--prompt is for captions; the task {task} has questions of its own.")
-    keys = {name: key for name, key in keys.items() if key is not None}
-    if TASKS[task].source is None:
-        if path or images or keys:
-            raise ValueError(f"The task {task} brings its own data; leave --data and --images out.")
-        samples = easy_vqa.conversations(split)
+    name, task, data = settings.task, TASKS[settings.task], settings.data
+    if settings.prompt is not None and task.kind != "captions":
+        raise ValueError(f"A prompt is for captions; the task {name} has questions of its own.")
+    if task.source is None:
+        if data or settings.images or settings.keys:
+            raise ValueError(f"The task {name} brings its own data; leave data, images and the names of keys out.")
+        samples = easy_vqa.conversations(settings.split)
         return [example for sample in samples for example in _turn_by_turn(sample)]
-    if path is None:
-        raise ValueError(f"The task {task} needs --data.")
-    if unknown := [f"--{name}" for name in keys if name not in KEYS[TASKS[task].source]]:
-        raise ValueError(f"The rows of the task {task} have no key for {', '.join(unknown)} to name; leave it out.")
-    coco = _coco_content(path) if task == "captions" else None
-    examples = _from_rows(task, path, images, split, keys) if coco is None else _coco(coco, path, images)
+    data = data or task.default_data
+    if data is None:
+        raise ValueError(f"The task {name} needs data: --data, or `data` in a recipe.")
+    if unknown := [key for key in settings.keys if key not in KEYS[task.source]]:
+        raise ValueError(f"The rows of the task {name} have no key for {', '.join(unknown)} to name; leave it out.")
+    coco = _coco_content(data) if name == "captions" else None
+    examples = _from_rows(task, task.source, data, settings) if coco is None else _coco(coco, data, settings.images)
     if not examples:
-        raise ValueError(f"{path} has no rows of the split {split!r}.")
-    if split == "test":
-        _refuse_another_size(task, path, len(examples))
-    if prompt is not None:
-        examples = [replace(one, question=replace(one.question, turns=[("user", prompt)])) for one in examples]
+        raise ValueError(f"{data} has no rows of the split {settings.split!r}.")
+    if settings.split == "test":
+        _refuse_another_size(name, data, len(examples))
+    if settings.prompt is not None:
+        asked = [("user", settings.prompt)]
+        examples = [replace(one, question=replace(one.question, turns=asked)) for one in examples]
     return examples
 
 
-def _from_rows(task: str, path: str, images: str | None, split: str, keys: dict) -> list[Example]:
-    source = TASKS[task].source
+def _from_rows(task: Task, source: str, data: str, settings: EvaluationSettings) -> list[Example]:
+    images = settings.images
     if source == "karpathy" and images is None:
-        images = str(Path(path).parent)
-    samples = sources.load(source, path=path, images=images, split=split, **keys)
-    read = _captions if TASKS[task].kind == "captions" else _vqa
+        images = str(Path(data).parent)
+    samples = sources.load(source, path=data, images=images, split=settings.split, **settings.keys)
+    assert isinstance(samples, sources.Samples)  # no task streams or mixes
+    read = _captions if task.kind == "captions" else _vqa
     examples = []
     for index in range(len(samples.rows)):
         where = samples.rows.where(index)
@@ -155,7 +148,7 @@ def _turn_by_turn(sample: Conversation) -> list[Example]:
     return [Example(Conversation(sample.images, [("user", asked)], sample.name), [reply]) for asked, reply in pairs]
 
 
-def _coco_content(path: str) -> dict | None:
+def _coco_content(path: str) -> dict[str, Any] | None:
     """What a file of COCO's own form holds; `None` for any other."""
     if not path.endswith(".json") or not Path(path).is_file():
         return None
@@ -173,7 +166,7 @@ def _coco(content: dict, path: str, images: str | None) -> list[Example]:
     try:
         for entry in content["annotations"]:
             captions.setdefault(entry["image_id"], []).append(entry["caption"].strip())
-        form = sources.Form(folder)
+        form = forms.Form(folder)
         return [_coco_image(form, image, captions[image["id"]], path) for image in content["images"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -193,7 +186,7 @@ def _coco_image(form, image: dict, references: list[str], path: str) -> Example:
     return Example(Conversation(pictures, [("user", "")], where), references)
 
 
-def _refuse_another_size(task: str, path: str, rows: int) -> None:
+def _refuse_another_size(task: TaskName, path: str, rows: int) -> None:
     expected = TASKS[task].rows
     if expected is not None and rows != expected:
         raise ValueError(

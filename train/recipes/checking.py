@@ -8,13 +8,14 @@ import difflib
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_assignment=True)
+FEW = 3  # names that are all told
+
 # by pydantic's names of errors
 MUST_BE = {
     "int_type": "a whole number",
@@ -56,7 +57,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]  # never the whole
 Dtype = Literal["float32", "bfloat16", "float16"]  # those of prefixvlm.inference.loading
 Text = Annotated[str, Field(min_length=1)]
-Mapping = Annotated[dict[str, Any], AfterValidator(refuse_not_finite)]  # whoever reads it checks the keys
+PlainDict = Annotated[dict[str, Any], AfterValidator(refuse_not_finite)]  # whoever reads it checks the keys
 
 
 class SettingsError(ValueError):
@@ -79,7 +80,7 @@ class SettingsError(ValueError):
         return ": ".join(part for part in (where, f"{key} {sentence}".strip()) if part)
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _sentence(error: Mapping[str, Any]) -> str:
     """What pydantic says of one value, in words that go on after its key."""
     kind, value, context = error["type"], reprlib.repr(error["input"]), error.get("ctx", {})
     if kind == "value_error":
@@ -133,7 +134,7 @@ def refuse_unknown_keys(keys: Iterable, known: Iterable[str]) -> None:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The known name that looks most like `name`; all of them if none does."""
+    """The known name that looks most like `name`; all of them if none does, or they are few."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1) if len(known) > FEW else []
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."

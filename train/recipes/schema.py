@@ -1,6 +1,7 @@
 """Recipes: strict YAML files that say what is trained, on what and how. A key that nothing reads is an error."""
 
 import dataclasses
+import inspect
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,14 +18,15 @@ from pydantic import (
     model_validator,
 )
 
+from prefixvlm.configuration.configuration_prefix_vlm import PrefixVLMConfig
 from prefixvlm.train.recipes.checking import (
     AtLeastOne,
     AtLeastZero,
     Checked,
     Dtype,
-    Mapping,
     NotNegative,
     Number,
+    PlainDict,
     Positive,
     SettingsError,
     Share,
@@ -38,6 +40,13 @@ from prefixvlm.train.recipes.stages import PAPER_STAGES, Module, Stage
 
 RECIPE_NAMES = ("paper", "pathvqa", "pathvqa_lora", "quickstart")
 STAGE_KEYS = frozenset(field.name for field in dataclasses.fields(Stage)) - {"number"}
+# the other fields of `PrefixVLMConfig` come from the backbones and the tokenizer
+CONFIG_KEYS = inspect.signature(PrefixVLMConfig).parameters.keys() - {
+    "vision_config",
+    "text_config",
+    "image_token_id",
+    "kwargs",
+}
 MIN_VOCAB_SIZE = 261  # 256 bytes and five special tokens
 MAX_SEED = 2**32 - 1  # numpy's
 
@@ -90,8 +99,14 @@ class ModelRecipe(Checked):
     tokenizer: Annotated[NameOrFields, AfterValidator(_tokenizer)] | None = None
     image_mean: Channels | None = None
     image_std: PositiveChannels | None = None
-    config: Mapping = {}
+    config: PlainDict = {}
     dtype: Dtype = "float32"
+
+    @field_validator("config")
+    @classmethod
+    def _is_read(cls, config: dict[str, Any]) -> dict[str, Any]:
+        refuse_unknown_keys(config, CONFIG_KEYS)
+        return config
 
     @model_validator(mode="after")
     def _is_enough(self) -> "ModelRecipe":
@@ -134,7 +149,7 @@ class StageRecipe(Checked):
         evaluation: generation on part of a test set every N steps; `None` for none.
     """
 
-    data: Mapping
+    data: PlainDict
     stage: InstanceOf[Stage]
     device_batch_size: AtLeastOne = 8
     augment: bool = False

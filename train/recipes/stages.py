@@ -55,7 +55,7 @@ class Stage:
         return self
 
     @property
-    def learning_rates(self) -> dict[Module, float]:
+    def learning_rates(self) -> dict[str, float]:
         """The rate of each of `MODULES`."""
         return {module: getattr(self, f"{module}_lr") for module in MODULES}
 

@@ -5,10 +5,11 @@ import time
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from prefixvlm.train.evaluation.answering import Decoding, answers
+from prefixvlm.train.evaluation.answering import answers
 from prefixvlm.train.evaluation.predictions import scorer
-from prefixvlm.train.evaluation.tasks import TASKS, load_examples, spread
-from prefixvlm.train.recipes.schema import EvaluationRecipe
+from prefixvlm.train.evaluation.tasks import MAX_NEW_TOKENS, TASKS, load_examples, spread
+from prefixvlm.train.recipes.evaluation import EvaluationRecipe
+from prefixvlm.train.training.trainer import StageTrainer
 
 IN_TRAINING = {"captions": ("Bleu_4", "CIDEr")}  # METEOR alone would start a Java process for seconds each time
 
@@ -27,17 +28,16 @@ class EvaluateByGeneration(TrainerCallback):
         ImportError: if what scores need is not installed.
     """
 
+    trainer: StageTrainer  # from `attach` on
+
     def __init__(self, recipe: EvaluationRecipe):
-        keys = {name: getattr(recipe, name) for name in ("texts", "question", "answer")}
-        examples = load_examples(recipe.task, recipe.data, recipe.images, recipe.split, recipe.prompt, **keys)
-        self.examples = spread(examples, recipe.examples)
+        self.examples = spread(load_examples(recipe), recipe.examples)
         self.kind = TASKS[recipe.task].kind
         self.score = scorer(self.kind)
         self.every_steps = recipe.every_steps
-        self.decoding = Decoding(recipe.num_beams, recipe.max_new_tokens, recipe.batch_size)
-        self.trainer = None
+        self.decoding = recipe.decoding(MAX_NEW_TOKENS[self.kind])
 
-    def attach(self, trainer) -> None:
+    def attach(self, trainer: StageTrainer) -> None:
         """Adds itself to a `StageTrainer`.
 
         Raises:
@@ -63,7 +63,7 @@ class EvaluateByGeneration(TrainerCallback):
         mine = range(accelerator.process_index, len(self.examples), accelerator.num_processes)
         questions = [example.question for example in self.examples]
         was_training = model.training
-        said = []
+        said: list[tuple[int, str]] = []
         for batch in answers(model, self.trainer.processing_class, questions, mine, self.decoding, show_progress=False):
             said += batch
         model.train(was_training)

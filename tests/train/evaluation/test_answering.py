@@ -85,5 +85,5 @@ def test_a_bad_image_is_named_with_its_sample(kind, tmp_path):
 
 @pytest.mark.parametrize("field", ["num_beams", "max_new_tokens", "batch_size"])
 def test_decoding_needs_positive_numbers(field):
-    with pytest.raises(ValueError, match=f"{field} is 0; it must be positive"):
+    with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):
         Decoding(**{field: 0})

@@ -208,10 +208,10 @@ def test_a_run_that_answered_nothing_does_not_take_the_folder(run, examples, tmp
     assert run(tmp_path / "out")["examples"] == 8
 
 
-def test_missing_packages_are_told_before_the_work(run, asked, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "prefixvlm.train.evaluation.metrics.vqa.scores", None)
-    with pytest.raises(ImportError, match=r"pip install 'prefixvlm\[eval\]'"):
-        run(tmp_path / "out")
+def test_missing_packages_are_found_before_the_work(examples, asked, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prefixvlm.train.evaluation.metrics.coco_caption.scores", None)
+    with pytest.raises(ModuleNotFoundError):
+        evaluate(tiny_model(), PROCESSOR, examples, "captions", tmp_path / "out", DECODING, {})
     assert asked == []
     assert not (tmp_path / "out").exists()
 

@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 
 from prefixvlm.train.evaluation import tasks
-from prefixvlm.train.evaluation.tasks import TASKS, load_examples
+from prefixvlm.train.evaluation.tasks import TASKS
+from prefixvlm.train.recipes.evaluation import TASK_NAMES, EvaluationSettings
+
+
+def load_examples(task, data=None, images=None, **settings):
+    return tasks.load_examples(EvaluationSettings(task=task, data=data, images=images, **settings))
+
+
+def test_the_schema_names_the_tasks():
+    assert tuple(TASKS) == TASK_NAMES
 
 
 def saved(folder, rows, name="rows.json"):
@@ -165,16 +174,16 @@ def test_a_bad_file_of_cocos_form_is_named(content, says, tmp_path):
 @pytest.mark.parametrize(
     ("task", "options", "says"),
     [
-        ("captoins", {}, "There is no task 'captoins'; choose one of captions, vqa"),
-        ("captions", {}, "The task captions needs --data"),
-        ("captions", {"path": "gone.json"}, "gone.json: there is no such file"),
-        ("captions", {"path": "{rows}", "split": "val"}, "'split': 'val'"),
-        ("captions", {"path": "{rows}", "images": "gone"}, "gone: there is no such folder"),
-        ("captions", {"path": "{rows}", "answer": "a"}, "no key for --answer"),
-        ("flickr8k", {"path": "{rows}"}, "expected a list of objects under 'images'"),
-        ("flickr8k", {"path": "{rows}", "texts": "a"}, "no key for --texts"),
-        ("vqa", {"path": "{rows}", "prompt": "what?"}, "--prompt is for captions"),
-        ("easy_vqa", {"path": "{rows}"}, "brings its own data"),
+        ("captoins", {}, "task is 'captoins'; did you mean 'captions'?"),
+        ("captions", {}, "The task captions needs data: --data"),
+        ("captions", {"data": "gone.json"}, "gone.json: there is no such file"),
+        ("captions", {"data": "{rows}", "split": "val"}, "'split': 'val'"),
+        ("captions", {"data": "{rows}", "images": "gone"}, "gone: there is no such folder"),
+        ("captions", {"data": "{rows}", "answer": "a"}, "no key for answer"),
+        ("flickr8k", {"data": "{rows}"}, "expected a list of objects under 'images'"),
+        ("flickr8k", {"data": "{rows}", "texts": "a"}, "no key for texts"),
+        ("vqa", {"data": "{rows}", "prompt": "what?"}, "A prompt is for captions"),
+        ("easy_vqa", {"data": "{rows}"}, "brings its own data"),
         ("easy_vqa", {"split": "val"}, "easy-VQA has no split 'val'"),
     ],
 )

@@ -11,7 +11,8 @@ from small_recipe import SMALL
 from tiny import tiny_model, tiny_processor
 from transformers import TrainerControl
 
-from prefixvlm.train.recipes.schema import EvaluationRecipe, load_recipe, parse_recipe
+from prefixvlm.train.recipes.evaluation import EvaluationRecipe
+from prefixvlm.train.recipes.schema import load_recipe, parse_recipe
 from prefixvlm.train.training import evaluation_callback, run
 from prefixvlm.train.training.evaluation_callback import EvaluateByGeneration
 
@@ -178,11 +179,14 @@ def recipe(number, evaluation):
     ("number", "evaluation", "says"),
     [
         (0, EVALUATION, "a model that sees later tokens cannot generate; evaluate in stages 1 to 3"),
-        (1, EVALUATION | {"every_steps": 0}, "every_steps is 0; it must be positive"),
-        (1, EVALUATION | {"examples": -1}, "examples is -1; it must be positive"),
+        (1, EVALUATION | {"every_steps": 0}, "every_steps is 0; it must be at least 1"),
+        (1, EVALUATION | {"examples": -1}, "examples is -1; it must be at least 1"),
         (1, EVALUATION | {"every_step": 1}, "unknown key every_step"),
-        (1, {"task": "easy_vqa"}, "the key every_steps is missing"),
+        (1, {"task": "easy_vqa"}, "every_steps is missing"),
         (1, EVALUATION | {"data": 7}, "data is 7"),
+        (1, EVALUATION | {"num_beams": 0}, "num_beams is 0"),
+        (1, EVALUATION | {"task": "easy_vqs"}, "did you mean 'easy_vqa'"),
+        (1, EVALUATION | {"limit": 5}, "unknown key limit"),
         (1, 200, "must be a mapping"),
     ],
 )

@@ -106,7 +106,7 @@ def test_an_arrow_that_points_the_wrong_way_is_found(tmp_path, place, line):
     [
         (
             "modeling_vlm/a.py",
-            "from ..configuration.configuration_prefix_vlm import X\nfrom .b import Y\nimport os, torch.nn",
+            "from ..configuration.configuration_prefix_vlm import X\nfrom .b import Y\nimport torch.nn",
         ),
         ("train/evaluation/__init__.py", "from .metrics import intervals\nfrom ..data import sources\nimport datasets"),
         ("train/training/a.py", "from prefixvlm.train.evaluation import figures"),

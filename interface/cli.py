@@ -15,6 +15,9 @@ EXTRAS = {
     "demo": ("gradio",),
 }
 
+# what checkpoints have beside the model, and no repository needs
+OF_TRAINING = ["checkpoint-*", "optimizer*", "scheduler.pt", "rng_state*", "trainer_state.json", "training_args.bin"]
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 with one line on stderr for bad input."""
@@ -260,7 +263,7 @@ def push(options: argparse.Namespace) -> None:
         raise ValueError(f"{folder} is not the folder of a saved model: it has no config.json.")
     api = HfApi()
     url = api.create_repo(options.repo, private=options.private, exist_ok=True)
-    api.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=["checkpoint-*", "training_args.bin"])
+    api.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=[*OF_TRAINING, "complete.json"])
     print(f"Uploaded to {url}")
 
 

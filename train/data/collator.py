@@ -7,6 +7,7 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class ConversationCollator:
         self.noise_token_id = noise_token_id(processor.tokenizer)
         self.untouchable_ids = torch.tensor(sorted(special_token_ids(processor.tokenizer)))
 
-    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         if not self.pad_failures:
             return self.collate(self.encoded(conversations))
         try:
@@ -145,10 +146,10 @@ class ConversationCollator:
                 if self.max_tokens_per_row:
                     batch["document_ids"][number, place] = document
                 start = place.stop
-        images = [samples[index].pixel_values for row in rows for index in row]
-        images = [pictures for pictures in images if pictures is not None]
-        if images:
-            images = torch.cat(images)
+        pictures = [samples[index].pixel_values for row in rows for index in row]
+        present = [pixel_values for pixel_values in pictures if pixel_values is not None]
+        if present:
+            images = torch.cat(present)
             batch |= self.feature_cache.look_up(images) if self.feature_cache else {"pixel_values": images}
         return batch
 

@@ -1,4 +1,4 @@
-"""What a frozen image encoder says about each image, computed once and kept on disk for later epochs and stages.
+"""A frozen encoder's patch features of each image, computed once and kept on disk for later epochs and stages.
 
 Shapes: I images, P image tokens, D width of the encoder, C channels, H height, W width.
 """
@@ -41,7 +41,8 @@ class FeatureCache:
         for other in Path(folder).iterdir():
             if other.name != self.encoder_key:
                 shutil.rmtree(other, ignore_errors=True)
-        self._process, self._maps = None, {}
+        self._process: int | None = None
+        self._maps: dict[int, np.memmap] = {}
 
     def __getstate__(self):
         return {**self.__dict__, "_process": None, "_maps": {}, "_index": None}
@@ -129,7 +130,7 @@ class FeatureCache:
 def image_key(pixel_values: torch.Tensor) -> bytes:
     """A digest of one preprocessed image (C, H, W)."""
     digest = hashlib.blake2b(repr((tuple(pixel_values.shape), pixel_values.dtype)).encode(), digest_size=KEY_BYTES)
-    digest.update(pixel_values.contiguous().view(torch.uint8).numpy())
+    digest.update(pixel_values.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -9,7 +9,7 @@ SLACK = 0.01  # of the slots, given up for shorter rows, whose attention is chea
 
 
 def pack(lengths: list[int], max_tokens_per_row: int) -> list[list[int]]:
-    """Deals samples out to rows of about equal length.
+    """Distributes samples over rows of about equal length.
 
     For each possible number of rows the longest sample goes to the shortest row, again and again; of the layouts whose
     rows fit, the one with the fewest slots (rows times the longest row) wins, and of about equal ones that with the
@@ -26,7 +26,7 @@ def pack(lengths: list[int], max_tokens_per_row: int) -> list[list[int]]:
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     layouts = []
     for count in range(-(-sum(lengths) // limit), len(lengths) + 1):
-        rows = [(0, number, []) for number in range(count)]
+        rows: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(count)]
         for index in longest_first:
             length, number, members = heapq.heappop(rows)
             heapq.heappush(rows, (length + lengths[index], number, [*members, index]))
@@ -34,5 +34,5 @@ def pack(lengths: list[int], max_tokens_per_row: int) -> list[list[int]]:
         if width <= limit:
             layouts.append((count * width, width, [members for _, _, members in rows]))
     fewest = min(slots for slots, _, _ in layouts)
-    _, _, rows = min((layout for layout in layouts if layout[0] <= fewest * (1 + SLACK)), key=lambda layout: layout[1])
-    return sorted(sorted(members) for members in rows)
+    _, _, chosen = min((layout for layout in layouts if layout[0] <= fewest * (1 + SLACK)), key=lambda layout: layout[1])
+    return sorted(sorted(members) for members in chosen)

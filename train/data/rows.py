@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "val", "dev", "test")
 BATCH = 16  # rows of a stream that `datasets` reads at a time
 LINE_FEED = 10
 CHUNK = 2**26  # bytes searched for ends of lines at once
-WHITESPACE = re.compile(r"[ \t\n\r]*")
+NO_WHITESPACE = re.compile(r"[^ \t\n\r]")
 DECODER = json.JSONDecoder()
 
 # where a row stands, and what reads it: a dictionary, or a ValueError
@@ -45,7 +45,7 @@ class JsonRows:
 
     def __init__(self, files: list[str], split: str | None = None, field: str | None = None):
         self.files = files
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, mmap.mmap | bytes] = {}
         places = []  # (row, 4) of each file: its index, first byte, the byte after the last, number of the row
         for number, file in enumerate(files):
             spans = _line_spans(file) if file.endswith(".jsonl") else _list_spans(file, field)
@@ -207,7 +207,7 @@ def read_rows(
     if files and files[0].endswith(JSON_SUFFIXES):
         rows = JsonRows(files, split, field)
         return ListStream(rows, path, split) if streaming else rows
-    table = _table(path, files, split, streaming)
+    table = _table(path, files, split or "train", streaming)
     return TableStream(table, path, split) if streaming else TableRows(table, path)
 
 
@@ -253,10 +253,10 @@ def _line_spans(file: str) -> np.ndarray:
     """(row, 2): first byte, and the one after the last, of each line."""
     content = np.frombuffer(_mapped(file), dtype=np.uint8)
     chunks = range(0, len(content), CHUNK)
-    ends = [np.flatnonzero(content[start : start + CHUNK] == LINE_FEED) + start for start in chunks]
+    found = [np.flatnonzero(content[start : start + CHUNK] == LINE_FEED) + start for start in chunks]
     if len(content) and content[-1] != LINE_FEED:
-        ends.append(np.array([len(content)]))
-    ends = np.concatenate([[], *ends]).astype(np.int64)
+        found.append(np.array([len(content)]))
+    ends = np.concatenate([[], *found]).astype(np.int64)
     starts = np.concatenate([[0], ends + 1])[: len(ends)]
     return np.column_stack([starts, ends])
 
@@ -314,7 +314,7 @@ def _entry_spans(text: str, place: int, is_whole: bool) -> np.ndarray:
         """In bytes, which is what places in a file are counted in."""
         return end - start if is_ascii else len(text[start:end].encode())
 
-    spans = []
+    spans: list[tuple[int, int]] = []
     seen, seen_bytes = 0, 0
     place = _skip(text, place + 1)
     while not text.startswith("]", place):
@@ -332,7 +332,8 @@ def _entry_spans(text: str, place: int, is_whole: bool) -> np.ndarray:
 
 def _skip(text: str, place: int) -> int:
     """The place of the next character that is no white space."""
-    return WHITESPACE.match(text, place).end()
+    found = NO_WHITESPACE.search(text, place)
+    return found.start() if found else len(text)
 
 
 def _expect(text: str, place: int, sign: str) -> int:
@@ -391,7 +392,7 @@ def _table(path: str, files: list[str], split: str, streaming: bool):
 
 def _of_split(files: list[str], split: str, path: str) -> list[str]:
     """Of the files of a folder those of a split, where their names tell splits apart (train-00000-of-00004.parquet)."""
-    splits = {file: re.match("[a-z]*", Path(file).name)[0] for file in files}
+    splits = {file: re.split("[^a-z]", Path(file).name)[0] for file in files}
     if not set(splits.values()) & set(SPLITS):
         return files
     chosen = [file for file in files if splits[file] in split.split("+")]

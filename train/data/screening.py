@@ -172,8 +172,9 @@ class _Checks(torch.utils.data.Dataset):
             check_image(image)
             return
         if image not in self.problems:
+            self.problems[image] = None
             try:
-                self.problems[image] = check_image(image)
+                check_image(image)
             except ValueError as error:
                 self.problems[image] = str(error)
         if problem := self.problems[image]:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -226,7 +227,8 @@ def mixture(parts: list[dict]):
     streams = [is_stream(source) for source in sources]
     if any(streams) != all(streams):
         raise ValueError("A mixture is streamed as a whole or not at all; set `streaming` in all of its parts or in none.")
-    return (MixedStream if all(streams) else Mixture)(sources, weights)
+    mixed: Any = MixedStream if all(streams) else Mixture
+    return mixed(sources, weights)
 
 
 def _samples(rows, form: Form, shuffle_buffer: int | None = None):
@@ -264,7 +266,7 @@ def _digest(*parts: str) -> str:
     return digest.hexdigest()
 
 
-SOURCES = {
+SOURCES: dict[str, Callable] = {
     "easy_vqa_captions": lambda split: InMemory(easy_vqa.captions(split)),
     "easy_vqa_conversations": lambda split: InMemory(easy_vqa.conversations(split)),
     "llava": llava,

@@ -140,7 +140,7 @@ def peak_memory(device: torch.device) -> int:
 
 def gradient_norms(named_parameters: Iterable, module_of) -> dict[str, float]:
     """The norm of the gradient of each module."""
-    gradients = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
     for name, parameter in named_parameters:
         if parameter.grad is not None:
             gradients.setdefault(module_of(name), []).append(parameter.grad)

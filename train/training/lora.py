@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA) through peft: which layers get them, how they are saved, and how they go back into the model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefixvlm.train.recipes.schema import LoraRecipe
@@ -13,7 +14,7 @@ LAYERS = {
 }
 
 
-def target_pattern(modules: list[str]) -> str:
+def target_pattern(modules: Sequence[str]) -> str:
     """A regular expression for whole paths of layers: a mere suffix such as q_proj would also hit the image encoder."""
     return "|".join(rf"(?:.*\.)?{module}\..*?(?:{LAYERS[module]})" for module in modules)
 

@@ -103,7 +103,8 @@ def _source(stage_recipe: StageRecipe):
 def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> DataSize:
     assumed = (image_tokens + TEXT_TOKENS, TEXT_TOKENS, 1.0)
     if isinstance(samples, str):
-        return DataSize(stage_recipe.expected_rows, *assumed, f"the recipe's word; {samples.split(' (')[0].rstrip('.')}")
+        how = f"the recipe's word; {samples.split(' (')[0].rstrip('.')}"
+        return DataSize(stage_recipe.expected_rows or 0, *assumed, how)
     streamed = is_stream(samples)
     rows = stage_recipe.max_steps * stage_recipe.stage.batch_size if streamed else len(samples)
     if processor is None:
@@ -113,9 +114,10 @@ def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> D
     verdict = screen(looked_at, collator, stage_recipe.max_length, measure=True)
     if not verdict.indices:
         raise ValueError(f"None of {len(looked_at)} samples can be used. The first: {verdict.skipped[0][2]}")
-    means = [sum(values) / len(verdict.indices) for values in (verdict.lengths, verdict.supervised, verdict.images)]
+    count = len(verdict.indices)
     skipped = f"; {len(verdict.skipped)} of them cannot be used" if verdict.skipped else ""
-    return DataSize(rows, *means, f"tokens from {len(looked_at)} of the rows{skipped}")
+    tokens, supervised, images = (sum(column) / count for column in (verdict.lengths, verdict.supervised, verdict.images))
+    return DataSize(rows, tokens, supervised, images, f"tokens from {len(looked_at)} of the rows{skipped}")
 
 
 def _some(samples) -> InMemory:

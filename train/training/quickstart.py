@@ -91,7 +91,7 @@ def test(folder: str) -> dict:
             questions.append(Conversation([str(image)], [("user", question)], str(image)))
             references.append(reference)
     predictions = answer(model, processor, questions)
-    right = {"shape": [], "color": [], "yes_no": []}
+    right: dict[str, list[bool]] = {"shape": [], "color": [], "yes_no": []}
     for prediction, reference in zip(predictions, references, strict=True):
         kind = "shape" if reference in easy_vqa.SHAPES else "color" if reference in easy_vqa.COLORS else "yes_no"
         right[kind].append(prediction == reference)
@@ -105,7 +105,7 @@ def test(folder: str) -> dict:
 
 def show(folder: Path) -> None:
     """Prints test questions and the answers of a process that loads `folder` through the Auto classes alone."""
-    asked = []
+    asked: list[tuple[str, str, str]] = []
     for image, pairs in list(easy_vqa.questions_by_image("test").items())[:SHOWN_QUESTIONS]:
         question, reference = pairs[len(asked) % len(pairs)]
         asked.append((str(image), question, reference))
@@ -114,5 +114,5 @@ def show(folder: Path) -> None:
     if done.returncode:
         raise ValueError(f"A fresh process could not load {folder}: {done.stderr.strip().splitlines()[-1:]}")
     print("\nA fresh process without prefixvlm, through the Auto classes with trust_remote_code=True, answers:")
-    for (image, question, reference), said in zip(asked, done.stdout.splitlines()[-len(asked) :], strict=True):
-        print(f"  {Path(image).name:>8}  {question:<45} {said:<12} (truth: {reference})")
+    for (path, question, reference), said in zip(asked, done.stdout.splitlines()[-len(asked) :], strict=True):
+        print(f"  {Path(path).name:>8}  {question:<45} {said:<12} (truth: {reference})")

@@ -243,8 +243,9 @@ class _StageRun:
                 write_atomically(partial / "history.json", json.dumps(history, indent=1))
                 figures.save_loss_curve({f"stage {stage.number}": history}, partial / "loss.png")
             self.record |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
-            if not is_stream(self.samples):
-                self.record["samples"]["failed_in_training"] = len(report.failed)
+            if counts := self.record.get("samples"):
+                failed = len(report.failed)
+                self.record["samples"] = counts | {"used": counts["used"] - failed, "skipped": counts["skipped"] + failed}
             self._write_record(partial)
         return model
 

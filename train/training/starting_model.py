@@ -1,6 +1,7 @@
 """From a recipe's words about a model to the model and its processor."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -35,7 +36,7 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, 
         raise ValueError("model.vision and model.text must both be pretrained (names) or both new (settings).")
     if isinstance(recipe.vision, str) and random_init:
         model, processor = _from_settings(recipe.model_copy(update=_shapes(recipe)), texts)
-    elif isinstance(recipe.vision, str):
+    elif isinstance(recipe.vision, str) and isinstance(recipe.text, str):
         try:
             processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text)
             model = PrefixVLMForConditionalGeneration.from_backbones(
@@ -53,7 +54,7 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, 
 
 
 def _shapes(recipe: ModelRecipe) -> dict:
-    """The configurations of two named backbones, as a recipe's `vision` and `text`; the paper's pair is known by heart."""
+    """The configurations of two named backbones, as a recipe's `vision` and `text`; the paper's pair is built in."""
     if (recipe.vision, recipe.text) == PAPER_PAIR:
         config = PrefixVLMConfig.from_preset("paper")
         vision, text = config.vision_config, config.text_config
@@ -83,7 +84,7 @@ def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
         tokenizer.padding_side = "left"
     else:
         raise ValueError("model.tokenizer is needed for a model with random weights; name one, or give a vocab_size.")
-    text = {"tie_word_embeddings": True, **recipe.text}
+    text: dict[str, Any] = {"tie_word_embeddings": True, **(recipe.text if isinstance(recipe.text, dict) else {})}
     text["vocab_size"] = max(len(tokenizer), text.get("vocab_size", 0))
     text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = PrefixVLMConfig(

@@ -3,7 +3,9 @@
 import math
 import re
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -50,6 +52,9 @@ class StageTrainer(Trainer):
         args, kwargs: as for `Trainer`.
     """
 
+    optimizer: Any  # None until it is created
+    lr_scheduler: Any
+
     def __init__(self, model, stage: Stage, args, feature_cache=None, report: Report | None = None, **kwargs):
         stage.prepare(model)
         self.stage = stage
@@ -59,7 +64,7 @@ class StageTrainer(Trainer):
         self.add_callback(SealCheckpoints())
         self.add_callback(_BeforeEveryStep(self))
         self._meter = _Meter()
-        self._peak_rate = None
+        self._peak_rate: float | None = None
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -83,7 +88,7 @@ class StageTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            groups = {}
+            groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups.setdefault((module_of(name), name in decayed), []).append(parameter)
@@ -111,7 +116,7 @@ class StageTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
             warmup_steps = math.ceil(self.stage.warmup * num_training_steps)
-            factors = [
+            factors: list[Callable[[int], float]] = [
                 partial(
                     cosine_with_floor,
                     warmup_steps=warmup_steps,
@@ -147,7 +152,8 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_noised = inputs.pop("is_noised", None)
         for seed, name, reason in inputs.pop("failed", ()):
-            self.report.add(name, reason, occurrence=seed)
+            if self.report is not None:
+                self.report.add(name, reason, occurrence=seed)
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # a batch may hold nothing but padding samples
         self._meter.add_batch(inputs)
@@ -195,8 +201,8 @@ class StageTrainer(Trainer):
         return {f"grad_norm/{module}": norm * scale for module, norm in norms.items()}
 
     def _throughput(self) -> dict[str, float]:
-        sums, seconds = self._meter.read()
-        sums = {name: float(self.accelerator.reduce(value.to(self.args.device))) for name, value in sums.items()}
+        own, seconds = self._meter.read()
+        sums = {name: float(self.accelerator.reduce(value.to(self.args.device))) for name, value in own.items()}
         logs = {name: sums[name] / sums[f"{name}_count"] for name in LOSSES if sums[f"{name}_count"]}
         logs["samples_per_second"] = sums["samples"] / seconds
         logs["tokens_per_second"] = sums["tokens"] / seconds

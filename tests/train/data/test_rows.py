@@ -13,10 +13,8 @@ from prefixvlm.train.data.rows import JsonRows, read_rows
 
 ROWS = 100
 LINES = st.lists(st.sampled_from(['{"a": 1}', '{"a": "é\\n]"}', "", "{", "[1]", '{"split": "test"}']), max_size=12)
-INNER = st.none() | st.text() | st.integers()
-VALUES = st.recursive(INNER, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
-    st.none() | st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
-)
+LEAVES = st.none() | st.text() | st.integers()
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 
 
 def read(where_and_row):

@@ -28,7 +28,7 @@ def test_stages_build_on_each_other(recipe, tmp_path):
     last = run.run_recipe(recipe)
     output = tmp_path / "out"
     assert last == output / "stage-3"
-    assert sorted(path.name for path in output.iterdir()) == [f"stage-{number}" for number in range(4)]
+    assert sorted(path.name for path in output.iterdir()) == ["screening", *(f"stage-{number}" for number in range(4))]
     for number in range(4):
         folder = output / f"stage-{number}"
         history = json.loads((folder / "history.json").read_text())

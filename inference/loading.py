@@ -1,11 +1,13 @@
 """A saved PrefixVLM and its processor: where it lies, in which dtype, in how many bits."""
 
+from typing import Any
+
 import torch
 
 from prefixvlm.inference.auto import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTIZED = {
+QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }

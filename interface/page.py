@@ -10,12 +10,10 @@ def page(name: str):
     """The gradio page for a saved model.
 
     Raises:
-        ValueError: if there is no such model, or gradio is missing.
+        ValueError: if there is no such model.
     """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError("The web page needs gradio; run: pip install 'prefixvlm[demo]'") from error
+    import gradio
+
     model, processor = load(name)
 
     def reply(image, question):

@@ -4,7 +4,9 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeGuard
 
+from prefixvlm.train.evaluation.metrics.coco_caption.scores import DEFAULT, caption_scores
 from prefixvlm.train.evaluation.metrics.intervals import bootstrap
 
 _PREDICTIONS_FORM = 'a list of {"image_id": ..., "caption": ...}'
@@ -31,11 +33,6 @@ def score_files(
         ValueError: a file that is not of the form, or whose images do not fit the other's.
         OSError: a file that cannot be read, no Java, or a failure in it.
     """
-    try:
-        from prefixvlm.train.evaluation.metrics.coco_caption.scores import DEFAULT, caption_scores
-    except ImportError as error:
-        raise ValueError("Caption scores need pycocoevalcap; run: pip install 'prefixvlm[eval]'") from error
-
     predicted = _read_predictions(Path(predictions))
     captions = _read_references(Path(references))
     for place, image in enumerate(predicted):
@@ -54,7 +51,7 @@ def score_files(
     scored = caption_scores(
         [predicted[image] for image in images], [captions[image] for image in images], metrics or DEFAULT
     )
-    result = {"images": len(images)}
+    result: dict[str, object] = {"images": len(images)}
     missing = len(captions) - len(images)
     if missing:
         result["images_without_prediction"] = missing
@@ -117,7 +114,7 @@ def _captioned(entry, where: str, form: str) -> tuple[int | str, str]:
     return entry["image_id"], entry["caption"]
 
 
-def _is_identity(value) -> bool:
+def _is_identity(value) -> TypeGuard[int | str]:
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 

@@ -6,11 +6,7 @@ Shapes: R rows.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
-try:
-    from scipy import stats
-except ImportError as missing:
-    raise ImportError("Intervals of losses need scipy; run: pip install 'prefixvlm[eval]'") from missing
+from scipy import stats
 
 DRAWN_AT_ONCE = 4_000_000  # numbers in one of scipy's arrays
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixvlm.train.data.rows import read_rows
+from prefixvlm.train.data.rows import JsonRows
 
 
 @dataclass
@@ -45,7 +45,7 @@ def read_texts(specification: str) -> TextSet:
         found = {f"{file}, line {number}": [line] for number, line in _lines(file)}
     else:
         key = key or "text"
-        rows = read_rows(file, split=None)
+        rows = JsonRows([file])
         for index in range(len(rows)):
             try:
                 found[rows.where(index)] = _texts(rows[index], key)

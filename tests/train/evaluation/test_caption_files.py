@@ -97,7 +97,8 @@ def test_an_unknown_metric_is_said(score):
 
 
 def test_without_pycocoevalcap_the_extra_is_named(score, monkeypatch):
-    monkeypatch.delitem(sys.modules, "prefixvlm.train.evaluation.metrics.coco_caption.scores")
+    for module in ("caption_files", "metrics.coco_caption.scores"):
+        monkeypatch.delitem(sys.modules, f"prefixvlm.train.evaluation.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu", None)
     code, _, err = score(predictions(), references())
     assert code == 2

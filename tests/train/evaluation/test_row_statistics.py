@@ -1,9 +1,8 @@
 """Intervals and p-values over rows: against numbers known by hand, never certain, and a single row too."""
 
-import sys
-
 import numpy as np
 import pytest
+from scipy import stats
 
 from prefixvlm.train.evaluation.row_statistics import row_interval, sign_flip_p_value
 
@@ -18,8 +17,6 @@ def test_p_value_of_few_pairs_tries_all_signs():
 
 
 def test_p_value_is_that_of_the_t_test_where_differences_are_normal():
-    from scipy import stats
-
     differences = np.random.default_rng(0).normal(0.2, 1, 200)
     assert sign_flip_p_value(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.005)
 
@@ -39,10 +36,3 @@ def test_the_seed_decides():
     values = [np.random.default_rng(1).normal(size=50)]
     assert row_interval(np.mean, values, seed=1) == row_interval(np.mean, values, seed=1)
     assert row_interval(np.mean, values, seed=1) != row_interval(np.mean, values, seed=2)
-
-
-def test_without_scipy_what_to_install_is_said_before_the_work(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.delitem(sys.modules, row_interval.__module__)
-    with pytest.raises(ImportError, match=r"pip install 'prefixvlm\[eval\]'"):
-        import prefixvlm.train.evaluation.row_statistics  # noqa: F401

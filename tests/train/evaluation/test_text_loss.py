@@ -1,6 +1,7 @@
 """Losses of texts: as computed one text at a time, whatever the batch; and every bad input in one line."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -297,12 +298,22 @@ def test_no_texts_in_memory_are_refused_too():
 
 
 def test_without_matplotlib_the_plot_says_what_to_install_before_the_work(saved, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     arguments = ["text-loss", "--model", f"{saved}/lm", "--text", f"a={saved}/plain.txt"]
     assert main(arguments) == 0
     assert main([*arguments, "--output", str(tmp_path)]) == 2
     assert "pip install 'prefixvlm[train]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_without_scipy_what_to_install_is_said_before_the_work(saved, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    for loaded in (module.__name__, "prefixvlm.train.evaluation.row_statistics"):
+        monkeypatch.delitem(sys.modules, loaded)
+    assert main(["text-loss", "--model", f"{saved}/lm", "--text", f"a={saved}/plain.txt"]) == 2
+    err = capfd.readouterr().err
+    assert "pip install 'prefixvlm[eval]'" in err
+    assert "Reading" not in err
 
 
 def test_a_model_without_a_stated_context_has_a_window_too():

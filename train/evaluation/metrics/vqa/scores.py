@@ -103,7 +103,7 @@ def _scores(table: np.ndarray) -> dict[str, float | int]:
     yes_no = table[table[:, _YES_NO] == 1]
     open_ = table[table[:, _YES_NO] == 0]
     consensus = table[~np.isnan(table[:, _CONSENSUS]), _CONSENSUS]
-    scores = {"questions": len(table)}
+    scores: dict[str, float | int] = {"questions": len(table)}
     if len(yes_no):
         scores |= {"yes_no_questions": len(yes_no), "yes_no": float(yes_no[:, _EXACT].mean())}
     if len(open_):

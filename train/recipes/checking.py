@@ -97,9 +97,9 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if kind in ("too_short", "too_long"):
         bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         return f"has {context['actual_length']} entries; it must have {bound}."
-    return (
-        f"is {value}; it must be {MUST_BE[kind].format(**context)}." if kind in MUST_BE else f"is {value}: {error['msg']}."
-    )
+    if kind in MUST_BE:
+        return f"is {value}; it must be {MUST_BE[kind].format(**context)}."
+    return f"is {value}: {error['msg']}."
 
 
 class Checked(BaseModel):

@@ -124,9 +124,9 @@ def test_a_dry_run_counts_adapters(start, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modules": ["head"]}, "lora.modules has head"),
-        ({"modules": []}, "modules not empty"),
-        ({"r": 0}, "r must be positive"),
+        ({"modules": ["head"]}, "lora.modules.0 is 'head'; choose one of"),
+        ({"modules": []}, "lora.modules has 0 entries"),
+        ({"r": 0}, "lora.r is 0; it must be at least 1"),
         ({"quantize": "int3"}, "lora.quantize is 'int3'"),
         ({"rank": 3}, "unknown key rank"),
         ({"modules": ["vision_tower"]}, "set vision_tower_lr"),

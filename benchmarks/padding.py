@@ -1,8 +1,8 @@
-"""How much of a batch is real: the share of tokens that are no padding, plainly, grouped by length, and packed.
+"""How much of a batch is padding: the share of real tokens with shuffled, length-grouped and packed batches.
 
-    python benchmarks/padding.py --tokenizer TOKENIZER --source captions --path my-data [--batch 32] [--row-length 2048]
+    python benchmarks/padding.py --tokenizer TOKENIZER --source captions --path my-data [--batch 32]
 
-Prints one line of JSON a layout, over a whole epoch with the paper's 256 image tokens. Images are not looked at.
+Prints one line of JSON per layout, over a whole epoch with the paper's 256 image tokens. The images are not opened.
 """
 
 import argparse
@@ -27,32 +27,28 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id")
     parser.add_argument("--source", required=True, help="captions, vqa, llava ...")
     parser.add_argument("--path", required=True)
-    parser.add_argument("--batch", type=int, default=32, help="samples of a device batch")
-    parser.add_argument("--row-length", type=int, default=2048, help="tokens of a packed row")
+    parser.add_argument("--batch", type=int, default=32, help="samples per device batch (default: 32)")
+    parser.add_argument("--max-tokens-per-row", type=int, default=2048, help="of a packed row (default: 2048)")
     options = parser.parse_args()
     text_format = "caption" if options.source in ("captions", "karpathy") else "conversation"
     lengths = sample_lengths(options, text_format)
-    for name, grouped, max_tokens_per_row in (
-        ("plain", False, 0),
-        ("grouped", True, 0),
-        ("packed", False, options.max_tokens_per_row),
-    ):
+    packed = options.max_tokens_per_row
+    for layout, grouped, max_tokens_per_row in (("plain", False, 0), ("grouped", True, 0), ("packed", False, packed)):
         share, widest = real_share(lengths, options.batch, grouped, max_tokens_per_row)
-        line = {"data": options.path, "samples": len(lengths), "layout": name, "batch": options.batch}
-        print(
-            json.dumps(
-                {
-                    **line,
-                    "max_tokens_per_row": max_tokens_per_row,
-                    "widest_row": widest,
-                    "real_token_share": round(share, 4),
-                }
-            )
-        )
+        result = {
+            "data": options.path,
+            "samples": len(lengths),
+            "layout": layout,
+            "batch": options.batch,
+            "max_tokens_per_row": max_tokens_per_row,
+            "widest_row": widest,
+            "real_token_share": round(share, 4),
+        }
+        print(json.dumps(result))
 
 
 def sample_lengths(options, text_format: str) -> list[int]:
-    """Tokens of each sample of the data."""
+    """The number of tokens of each sample."""
     image_processor = siglip_image_processor(IMAGE_SIDE)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     processor = PrefixVLMProcessor(image_processor, tokenizer, num_image_tokens=IMAGE_TOKENS)
@@ -65,7 +61,7 @@ def sample_lengths(options, text_format: str) -> list[int]:
 
 
 def real_share(lengths: list[int], batch: int, grouped: bool, max_tokens_per_row: int) -> tuple[float, int]:
-    """The share of real tokens of an epoch in all slots of its batches, and the widest row."""
+    """The share of an epoch's token slots that hold real tokens, and the length of its longest row."""
     samples = OrderedSamples(lengths, list(range(len(lengths))), lengths if grouped else None, seed=0)
     order = [index for _, index, _ in EpochSampler(samples, batch, multiple=1)]
     slots, widest = 0, 0

@@ -1,4 +1,4 @@
-"""Asking a model: prompts as its inputs, and what it generates after them as text, whole or piece by piece.
+"""Asking a model: builds its inputs from prompts and generates text, all at once or streamed.
 
 Shapes: B prompts, T tokens, I images.
 """
@@ -11,16 +11,16 @@ from transformers import BatchFeature, TextIteratorStreamer
 
 
 def user_messages(images: Sequence, question: str) -> list[dict]:
-    """A conversation of one turn: a question about images, each anything that `load_image` opens."""
+    """A one-turn conversation: a question about images, each given as anything `load_image` opens."""
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
 
 
 def prompt_inputs(processor, conversations: list[list[dict]]) -> BatchFeature:
-    """What a model needs to answer conversations that end with a user turn.
+    """A model's inputs for answering conversations that end with a user turn.
 
     Returns:
-        `input_ids` and `attention_mask` (B, T), padded on the left; `pixel_values` (I, C, H, W) if there are images.
+        `input_ids` and `attention_mask` (B, T), left-padded; `pixel_values` (I, C, H, W) if there are images.
 
     Raises:
         ValueError: for an image that cannot be used.
@@ -31,20 +31,20 @@ def prompt_inputs(processor, conversations: list[list[dict]]) -> BatchFeature:
 
 
 def caption_inputs(processor, images: list[Sequence]) -> BatchFeature:
-    """What a model needs to caption the images of each prompt: captions are asked for without a chat template.
+    """A model's inputs for captioning each prompt's images; captions are asked for without a chat template.
 
-    Returns and raises as `prompt_inputs`.
+    Returns and raises the same as `prompt_inputs`.
     """
     return processor(images=images, text=[""] * len(images), **_tensors(images))
 
 
 def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], **generation) -> list[str]:
-    """What a model generates after each prompt, without special tokens.
+    """Generates after each prompt and decodes the new tokens, without special tokens.
 
     Args:
-        model: a PrefixVLM; it is put into evaluation mode, and left in it.
-        inputs: of the model, for prompts padded on the left.
-        generation: further arguments of `generate`; by default the search is greedy.
+        model: a PrefixVLM; it is left in evaluation mode.
+        inputs: the model's inputs, left-padded.
+        generation: further arguments of `generate`; decoding is greedy by default.
     """
     # a bidirectional (stage 0) model cannot use a cache
     defaults = {"do_sample": False, "use_cache": model.config.attention_mode != "bidirectional"}
@@ -55,14 +55,14 @@ def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], **gener
 
 
 def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generation) -> Iterator[str]:
-    """Yields the pieces of the text after a single prompt while it is generated; arguments as for `generate_texts`."""
+    """Yields the text after a single prompt piece by piece as it is generated; arguments as for `generate_texts`."""
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     errors = []
 
     def generate() -> None:
         try:
             generate_texts(model, processor, inputs, streamer=streamer, **generation)
-        except Exception as error:  # whatever it is, the reader of the stream must not wait for ever
+        except Exception as error:  # of any kind: the stream's reader must not wait forever
             errors.append(error)
             streamer.end()
 
@@ -75,7 +75,7 @@ def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generati
 
 
 def stream_answer(model, processor, image, question: str | None, max_new_tokens: int) -> Iterator[str]:
-    """Yields the pieces of a greedy answer to a question about an image, or of a caption where there is no question.
+    """Yields the pieces of a greedy answer to a question about an image, or of a caption if there is no question.
 
     Args:
         image: anything that `load_image` opens.
@@ -91,6 +91,6 @@ def stream_answer(model, processor, image, question: str | None, max_new_tokens:
 
 
 def _tensors(prompts: Sequence) -> dict:
-    """Arguments of the processor; a single prompt needs no token to pad with."""
+    """Arguments of the processor; a single prompt does not need a padding token."""
     padding = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
     return {"return_tensors": "pt", **padding}

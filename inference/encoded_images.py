@@ -1,6 +1,6 @@
-"""Images encoded once and asked about many times: the cache of the prompt up to the last image is kept and shared.
+"""Images encoded once and asked about many times: all questions share the KV cache of the prompt up to the last image.
 
-Shapes: Q questions, L tokens of the shared beginning, W tokens of the longest rest.
+Shapes: Q questions, L tokens of the shared prefix of the prompts, W tokens of the longest suffix.
 """
 
 import copy
@@ -11,10 +11,10 @@ from prefixvlm.inference.asking import generate_texts, user_messages
 
 
 class EncodedImages:
-    """One image or more that a model has read, ready for questions.
+    """One or more images that a model has already read, ready for questions.
 
-    The answers are those of separate prompts: the beginning of the prompt, up to the last image, is the same for every
-    question, and in the modes that may use a cache nothing in it depends on what follows.
+    Answers equal those of separate prompts: the prompt up to the last image is the same for every question, and in the
+    modes that can use a cache it does not depend on what follows.
 
     ```python
     photo = EncodedImages(model, processor, "photo.png")
@@ -25,7 +25,7 @@ class EncodedImages:
     Args:
         model: a PrefixVLM; it is put into evaluation mode.
         processor: its processor.
-        images: one image, or a list that all stands before each question; anything `load_image` opens.
+        images: one image, or a list of images that all precede each question; anything `load_image` opens.
 
     Raises:
         ValueError: for an image that cannot be used, or a bidirectional (stage 0) model.
@@ -38,8 +38,8 @@ class EncodedImages:
         text, ids = self._prompt("")
         last = text.rindex(processor.image_token) + len(processor.image_token)
         inputs = processor(images=self.images, text=text[:last], add_special_tokens=False, return_tensors="pt")
-        self._beginning = inputs["input_ids"].to(model.device)  # (1, L)
-        self._beginning_ids = ids[: _after_images(ids, processor.image_token_id)]
+        self._prefix = inputs["input_ids"].to(model.device)  # (1, L)
+        self._prefix_ids = ids[: _after_images(ids, processor.image_token_id)]
         self._cache = model(**inputs.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
 
     @torch.inference_mode()
@@ -47,10 +47,10 @@ class EncodedImages:
         """Answers one question, or several as one batch.
 
         Args:
-            generation: further arguments of `generate`, such as `num_beams`; by default the search is greedy.
+            generation: further arguments of `generate`, such as `num_beams`; decoding is greedy by default.
 
         Raises:
-            ValueError: for an empty list, or for arguments that ask for more than one text a question.
+            ValueError: for an empty list, or for arguments that ask for more than one text per question.
         """
         if isinstance(questions, str):
             return self.ask([questions], max_new_tokens, **generation)[0]
@@ -58,25 +58,25 @@ class EncodedImages:
             raise ValueError("There are no questions to answer.")
         for name in ("num_return_sequences", "return_dict_in_generate", "generation_config"):
             if name in generation:
-                raise ValueError(f"ask gives one text for each question; leave out {name}, or call generate yourself.")
+                raise ValueError(f"ask returns one text per question; leave out {name}, or call generate yourself.")
         generation = {"num_beams": 1, "max_new_tokens": max_new_tokens, **generation}
-        rests = []
+        suffixes = []
         for question in questions:
             _, ids = self._prompt(question)
             after = _after_images(ids, self.processor.image_token_id)
-            if ids[:after] != self._beginning_ids:
-                raise ValueError("The chat template puts questions before the images, so prompts have no common beginning.")
-            rests.append(ids[after:])
-        width, shared = max(map(len, rests)), self._beginning.shape[1]
-        pad_token_id = self.processor.tokenizer.pad_token_id or 0
-        # what is padded lies between the shared beginning and the rest, so that all answers start at the same place
-        padded = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=self.model.device)
-        is_real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=self.model.device)
+            if ids[:after] != self._prefix_ids:
+                raise ValueError("The chat template puts questions before the images, so the prompts share no prefix.")
+            suffixes.append(ids[after:])
+        width, shared = max(map(len, suffixes)), self._prefix.shape[1]
+        pad_token_id, device = self.processor.tokenizer.pad_token_id or 0, self.model.device
+        # padding goes between the shared prefix and the suffix, so that all answers start at the same position
+        padded = torch.tensor([[pad_token_id] * (width - len(suffix)) + suffix for suffix in suffixes], device=device)
+        is_real = torch.tensor([[0] * (width - len(suffix)) + [1] * len(suffix) for suffix in suffixes], device=device)
         inputs = {
-            "input_ids": torch.cat([self._beginning.expand(len(rests), -1), padded], dim=1),
-            "attention_mask": torch.cat([is_real.new_ones(len(rests), shared), is_real], dim=1),
+            "input_ids": torch.cat([self._prefix.expand(len(suffixes), -1), padded], dim=1),
+            "attention_mask": torch.cat([is_real.new_ones(len(suffixes), shared), is_real], dim=1),
         }
-        cache = self._copied(len(rests) * generation["num_beams"])
+        cache = self._copied(len(suffixes) * generation["num_beams"])
         return generate_texts(self.model, self.processor, inputs, past_key_values=cache, **generation)
 
     def _prompt(self, question: str) -> tuple[str, list[int]]:
@@ -91,5 +91,5 @@ class EncodedImages:
 
 
 def _after_images(ids: list[int], image_token_id: int) -> int:
-    """The place after the last image token."""
+    """The position after the last image token."""
     return len(ids) - ids[::-1].index(image_token_id)

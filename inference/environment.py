@@ -1,4 +1,4 @@
-"""What a figure or a run depends on beside the code: the versions of the packages below it."""
+"""Versions of the packages that results depend on."""
 
 import platform
 
@@ -7,5 +7,5 @@ import transformers
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a figure depends on, for the records of runs."""
+    """Versions of torch, transformers and Python, for the records of runs and measurements."""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

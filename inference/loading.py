@@ -1,4 +1,4 @@
-"""A saved PrefixVLM and its processor: where it lies, in which dtype, in how many bits."""
+"""Loading a saved PrefixVLM and its processor, in a chosen dtype or quantised."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 
 
 def load(folder: str, dtype: str = "float32", quantize: str | None = None):
-    """A saved PrefixVLM and its processor.
+    """Loads a saved PrefixVLM and its processor.
 
     Args:
         folder: folder or Hub id.
         dtype: of the weights, one of `DTYPES`.
-        quantize: `nf4` or `int8`, to train adapters on a base model of few bits.
+        quantize: `nf4` or `int8`, to train adapters on a quantised base model.
 
     Raises:
-        ValueError: if the folder holds none, naming it.
+        ValueError: if the folder holds no PrefixVLM, naming the folder.
     """
     options = {"quantization_config": quantization(quantize, dtype_named(dtype))} if quantize else {}
     try:
@@ -60,5 +60,5 @@ def quantization(kind: str, dtype: torch.dtype):
     options = dict(QUANTIZED[kind])
     if kind == "nf4":
         options["bnb_4bit_compute_dtype"] = dtype
-    # the head and what reads images stay exact: they are small, and the head shares its weights with the embeddings
+    # the head and the image side are not quantised: they are small, and the head shares its weights with the embeddings
     return BitsAndBytesConfig(**options, llm_int8_skip_modules=["lm_head", "projector", "vision_tower"])

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -24,9 +24,11 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
 )
 
-from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
+from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.inference.environment import versions
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import OneRowProducts, bf16_is_emulated
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import OneRowProducts, bf16_is_emulated
+from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.train.training.starting_model import train_tokenizer
 
 REPEATS = 5
 # products of the paper's model: encoder, projector and decoder, over one image and over a batch of four
@@ -274,6 +276,15 @@ def prompt(image_token_id: int, image_tokens: int, text_tokens: int, device, row
     images = torch.full((rows, image_tokens), image_token_id)
     input_ids = torch.cat([images, words], dim=1).to(device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def processor_for(texts: Sequence[str], vocab_size: int, model=None) -> PrefixVLMProcessor:
+    """A processor of the paper's sizes whose tokenizer knows the words of `texts`; tells the model its image token."""
+    tokenizer = train_tokenizer(texts, vocab_size)
+    processor = PrefixVLMProcessor(siglip_image_processor(224), tokenizer, num_image_tokens=256)
+    if model is not None:
+        model.config.image_token_id = processor.image_token_id
+    return processor
 
 
 def pixels(place: Place, *shape: int) -> torch.Tensor:

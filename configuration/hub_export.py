@@ -57,7 +57,7 @@ def _flatten(module: str) -> tuple[str, list[str]]:
     source = resources.files(f"{PACKAGE}.{folder}").joinpath(f"{name}.py").read_text(encoding="utf-8")
     lines, needs = source.splitlines(keepends=True), []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
             needs.append(node.module if node.level == 2 else f"{folder}.{node.module}")
             line = lines[node.lineno - 1]
             lines[node.lineno - 1] = re.sub(r"from \.+[\w.]*", f"from .{node.module.rsplit('.', 1)[-1]}", line, count=1)

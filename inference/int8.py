@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import bf16_is_emulated
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import bf16_is_emulated
 
 MAX_PACKED_ROWS = 8  # with more, converting the weights back pays
 PACKED_WIDTH = 16  # torch reads beyond the end of other widths where the CPU has AVX-512, and may end the process
@@ -22,6 +22,10 @@ class Int8Linear(nn.Module):
     Args:
         linear: the layer it takes the place of.
     """
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -8,7 +8,7 @@ Shapes: N supervised tokens, D width of the language model, V vocabulary.
 import torch
 from torch import nn
 
-from .cpu_products_prefix_vlm import bf16_is_emulated, gradient_of_rows, gradient_of_weight, product
+from .cpu_prefix_vlm import bf16_is_emulated, gradient_of_rows, gradient_of_weight, product
 
 CHUNK_ELEMENTS = 2**25  # logits held at once; in float32 128 MiB
 
@@ -74,7 +74,7 @@ class _HeadAndLoss(torch.autograd.Function):
                 grad_bias = _sum(grad_bias, gradient.sum(dim=0))
             if not in_float32:
                 gradient = gradient.to(dtype)
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[chunk] = gradient_of_rows(gradient, weight) if in_float32 else gradient @ weight
             if needs_weight:
                 one = gradient_of_weight(gradient, hidden, weight.dtype) if in_float32 else gradient.T @ hidden

@@ -8,8 +8,8 @@ D width of the language model, V vocabulary.
 
 import importlib
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +18,11 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_prefix_vlm import (
@@ -32,8 +32,7 @@ from ..configuration.configuration_prefix_vlm import (
     TURN_START_TOKEN,
     PrefixVLMConfig,
 )
-from .cpu_products_prefix_vlm import MIN_ROWS, Float32Products, OneRowProducts, bf16_is_emulated
-from .decoding_prefix_vlm import can_step, step
+from .cpu_prefix_vlm import cpu_products, one_token
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 
@@ -52,11 +51,11 @@ class PrefixVLMModelOutputWithPast(ModelOutput):
     image_hidden_states: (I, P, D), the projected image features.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
     past_key_values: object | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -69,13 +68,13 @@ class PrefixVLMCausalLMOutputWithPast(ModelOutput):
     The rest as in `PrefixVLMModelOutputWithPast`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    token_losses: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
     past_key_values: object | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class PrefixVLMProjector(nn.Module):
@@ -196,7 +195,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         """Images (I, C, H, W) to what the vision encoder says of their patches, (I, P, width of the encoder)."""
         pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is welcome too
         pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
-        with self._fast_products(pixel_values):
+        with cpu_products(self, pixel_values):
             features = self.vision_tower(pixel_values=pixel_values, return_dict=True).last_hidden_state
         # encoders of the CLIP kind put a class token before the patches
         return features[:, -self.config.num_image_tokens :]
@@ -206,20 +205,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         return self._project(self.get_vision_features(pixel_values))
 
     def _project(self, vision_features: torch.Tensor) -> torch.Tensor:
-        with self._fast_products(vision_features):
+        with cpu_products(self, vision_features):
             return self.projector(vision_features)
-
-    def _fast_products(self, rows: torch.Tensor):
-        """A context for products with `rows`; all but the last of its dimensions count."""
-        count = rows.shape[:-1].numel()
-        if count == 1 and rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
-            return OneRowProducts()
-        if count < MIN_ROWS or not bf16_is_emulated(self.get_input_embeddings().weight):
-            return nullcontext()
-        # activations that are computed again in the backward pass, outside of this, have to be computed in the same way
-        wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in self.modules())  # torch's own, as for FSDP
-        recomputes = torch.is_grad_enabled() and (self.is_gradient_checkpointing or wrapped)
-        return nullcontext() if recomputes else Float32Products()
 
     def _update_causal_mask(
         self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None, cache_position=None
@@ -300,16 +287,16 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values=None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> PrefixVLMModelOutputWithPast:
@@ -351,21 +338,16 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             # else one text token after all others sees them all, which is what the decoder makes of the 2D mask
 
         decoder = self.get_decoder()
-        further = {name: value for name, value in kwargs.items() if name != "cache_position"}
-        with self._fast_products(inputs_embeds):
-            if length == 1 and past > 0 and can_step(decoder, inputs_embeds, attention_mask, past_key_values, further):
-                hidden_states = step(decoder, inputs_embeds, attention_mask, position_ids, past_key_values)
-                outputs = BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-            else:
-                outputs = decoder(
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    past_key_values=past_key_values,
-                    use_cache=use_cache,
-                    return_dict=True,
-                    **kwargs,
-                )
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        with cpu_products(self, inputs_embeds):
+            outputs = one_token(decoder, **inputs) or decoder(**inputs, return_dict=True)
         result = PrefixVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -426,7 +408,11 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
                 "SigLIP, SigLIP 2 or CLIP model of fixed resolution."
             )
         text_config = AutoConfig.from_pretrained(text)
-        image_token_id, vocabulary = _image_token_id(text, text_config, config.pop("image_token_id", None))
+        tokenizer = _tokenizer(text)
+        image_token_id = config.pop("image_token_id", None)
+        if image_token_id is None:
+            image_token_id = _image_token_id(tokenizer, text_config)
+        vocabulary = max(image_token_id + 1, text_config.vocab_size, 0 if tokenizer is None else len(tokenizer))
         joint = PrefixVLMConfig(
             vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, dtype=dtype, **config
         )
@@ -446,7 +432,23 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             joint.text_config.vocab_size = vocabulary
         model = cls(joint, vision_model, language_model).to(dtype).eval()
         model._check_decoder(text)
+        if tokenizer is not None:
+            model.set_stop_tokens(tokenizer, language_model.generation_config)
         return model
+
+    def set_stop_tokens(self, tokenizer, backbone: GenerationConfig | None = None) -> None:
+        """Lets `generate` stop at the end of a turn, at the tokenizer's end token, and where the backbone alone would stop.
+
+        Args:
+            tokenizer: with the tokens of our conversations.
+            backbone: how the decoder generates by itself.
+        """
+        known = getattr(backbone, "eos_token_id", None)
+        known = known if isinstance(known, list) else [known]
+        ends = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id, *known]
+        self.generation_config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
+        pad = tokenizer.pad_token_id
+        self.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
 
     @torch.no_grad()
     def _check_decoder(self, name: str):
@@ -476,7 +478,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) to logits (..., V), with the scaling and capping some decoders add to their head."""
         config = self.config.text_config
-        with self._fast_products(hidden_states):
+        with cpu_products(self, hidden_states):
             logits = self.get_output_embeddings()(hidden_states)
         if getattr(config, "logits_scaling", None):  # Granite
             logits = logits / config.logits_scaling
@@ -493,19 +495,19 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             getattr(self.config.text_config, name, None) for name in scaling
         )
 
-    def forward(
+    def forward(  # type: ignore[override]  # more arguments, where transformers has them
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values=None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        token_type_ids: torch.LongTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool = False,
         return_dict: bool | None = None,
@@ -533,7 +535,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             document_ids=document_ids,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states: Any = outputs.last_hidden_state
         loss = logits = token_losses = None
         if labels is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -641,18 +643,19 @@ def _position_ids(attention_mask, document_ids, length: int):
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
-def _image_token_id(text: str, text_config, image_token_id: int | None) -> tuple[int, int]:
-    """The image token's id, and the vocabulary that it and the missing ChatML tokens need."""
-    if image_token_id is not None:
-        return image_token_id, max(image_token_id + 1, text_config.vocab_size)
+def _tokenizer(text: str):
+    """A decoder's tokenizer with the tokens of our conversations; `None` for a folder of weights alone."""
     if os.path.isdir(text) and not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in os.listdir(text)):
-        # a folder of weights alone
-        known = text_config.vocab_size > QWEN_IMAGE_TOKEN_ID
-        image_token_id = QWEN_IMAGE_TOKEN_ID if known else text_config.vocab_size
-        return image_token_id, max(image_token_id + 1, text_config.vocab_size)
+        return None
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), max(len(tokenizer), text_config.vocab_size)
+    return tokenizer
+
+
+def _image_token_id(tokenizer, text_config) -> int:
+    if tokenizer is not None:
+        return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return QWEN_IMAGE_TOKEN_ID if text_config.vocab_size > QWEN_IMAGE_TOKEN_ID else text_config.vocab_size
 
 
 __all__ = ["PrefixVLMForConditionalGeneration", "PrefixVLMModel", "PrefixVLMPreTrainedModel"]

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -355,7 +356,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         The pieces of a sample are tokenized one by one, so that no token can straddle the border of an answer.
         """
         truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
-        max_length = text_kwargs.get("max_length")
+        max_length: Any = text_kwargs.get("max_length")
         if truncation and max_length is None:
             max_length = self.tokenizer.model_max_length
         pieces = [piece for sample in samples for piece, _ in sample]

@@ -22,8 +22,7 @@ CODE = {
     "images_prefix_vlm.py",
     "masking_prefix_vlm.py",
     "loss_prefix_vlm.py",
-    "cpu_products_prefix_vlm.py",
-    "decoding_prefix_vlm.py",
+    "cpu_prefix_vlm.py",
     "modeling_prefix_vlm.py",
     "processing_prefix_vlm.py",
 }

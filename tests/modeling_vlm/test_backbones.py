@@ -358,3 +358,30 @@ def test_missing_text_weights_are_refused(saved, tmp_path):
     source.save_pretrained(tmp_path, state_dict=left)
     with pytest.raises(ValueError, match="lacks weights"):
         PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path, image_token_id=5)
+
+
+@pytest.mark.parametrize("own_ends", [0, [7, 0]])
+def test_answers_stop_at_the_end_of_a_turn_and_where_the_backbone_did(own_ends, saved, tmp_path):
+    text = Qwen2ForCausalLM(Qwen2Config(**{**TEXT, "vocab_size": 257}))
+    text.generation_config.eos_token_id = own_ends
+    text.save_pretrained(tmp_path / "text")
+    plain_tokenizer().save_pretrained(tmp_path / "text")
+    vision = saved("siglip_vision")[0]
+    model = PrefixVLMForConditionalGeneration.from_backbones(vision, tmp_path / "text")
+    tokenizer = PrefixVLMProcessor.from_backbones(vision, tmp_path / "text").tokenizer
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.save_pretrained(tmp_path / "saved")
+    for one in (model, PrefixVLMForConditionalGeneration.from_pretrained(tmp_path / "saved")):
+        ends = one.generation_config.eos_token_id
+        assert ends[:2] == [turn_end, tokenizer.eos_token_id]
+        assert len(ends) == len(set(ends))
+        assert set(ends) == {turn_end, tokenizer.eos_token_id, 0, *([7] if own_ends else [])}
+        assert one.generation_config.pad_token_id == tokenizer.pad_token_id
+
+    # a head that says the end of the turn whatever it reads
+    with torch.no_grad():
+        model.get_output_embeddings().weight[turn_end] = 0
+    logits = model._head
+    model._head = lambda hidden: logits(hidden).index_fill(-1, torch.tensor([turn_end]), 1e4)
+    output = model.generate(input_ids=torch.tensor([[65, 66]]), max_new_tokens=5, do_sample=False)
+    assert output[0, 2:].tolist() == [turn_end]

@@ -5,8 +5,8 @@ import torch
 from tiny import FIRST_WORD, layout_batch, tiny_model
 from torch import nn
 
-from prefixvlm.modeling_vlm import cpu_products_prefix_vlm, loss_prefix_vlm, modeling_prefix_vlm
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import MIN_ROWS, Float32Products, OneRowProducts, bf16_is_emulated
+from prefixvlm.modeling_vlm import cpu_prefix_vlm, loss_prefix_vlm
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import MIN_ROWS, Float32Products, OneRowProducts, bf16_is_emulated
 
 BFLOAT16 = torch.bfloat16
 
@@ -14,20 +14,20 @@ BFLOAT16 = torch.bfloat16
 @pytest.fixture
 def slow_cpu(monkeypatch):
     """As if this CPU had no bfloat16 arithmetic."""
-    for module in (cpu_products_prefix_vlm, modeling_prefix_vlm, loss_prefix_vlm):
+    for module in (cpu_prefix_vlm, loss_prefix_vlm):
         monkeypatch.setattr(module, "bf16_is_emulated", lambda tensor: tensor.dtype == BFLOAT16)
 
 
 @pytest.fixture
 def fast_cpu(monkeypatch):
-    for module in (cpu_products_prefix_vlm, modeling_prefix_vlm, loss_prefix_vlm):
+    for module in (cpu_prefix_vlm, loss_prefix_vlm):
         monkeypatch.setattr(module, "bf16_is_emulated", lambda tensor: False)
 
 
 def counted(monkeypatch) -> list:
     calls = []
-    original = cpu_products_prefix_vlm._Linear.apply
-    monkeypatch.setattr(cpu_products_prefix_vlm._Linear, "apply", lambda *args: calls.append(args) or original(*args))
+    original = cpu_prefix_vlm._Linear.apply
+    monkeypatch.setattr(cpu_prefix_vlm._Linear, "apply", lambda *args: calls.append(args) or original(*args))
     return calls
 
 

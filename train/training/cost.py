@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prefixvlm.modeling_vlm.cpu_products_prefix_vlm import bf16_is_emulated
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import bf16_is_emulated
 from prefixvlm.train.recipes.stages import MODULES
 
 # dense bfloat16 rates of the makers' data sheets, in FLOP/s; the first name found in the device's counts
@@ -105,7 +105,7 @@ def _weights(part: nn.Module, trains: bool) -> tuple[int, int]:
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     """What the device can do at most, in FLOP/s: of an NVIDIA GPU by its name, of a CPU by a matrix product timed now.
 
-    Where a CPU computes bfloat16 products in float32 (`modeling_vlm/cpu_products_prefix_vlm.py`), that is the rate. `None`
+    Where a CPU computes bfloat16 products in float32 (`modeling_vlm/cpu_prefix_vlm.py`), that is the rate. `None`
     for a device that is not in the list.
     """
     if device.type == "cuda":

@@ -46,10 +46,6 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, 
             raise ValueError(f"A backbone cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
     else:
         model, processor = _from_settings(recipe, texts)
-    tokenizer = processor.tokenizer
-    ends = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id]
-    model.generation_config.eos_token_id = ends
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor
 
 
@@ -99,7 +95,9 @@ def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
         tokenizer,
         num_image_tokens=config.num_image_tokens,
     )
-    return PrefixVLMForConditionalGeneration(config).to(dtype_named(recipe.dtype)), processor
+    model = PrefixVLMForConditionalGeneration(config).to(dtype_named(recipe.dtype))
+    model.set_stop_tokens(tokenizer)
+    return model, processor
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

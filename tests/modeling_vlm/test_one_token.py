@@ -8,8 +8,9 @@ from tiny import IMAGE_TOKEN_ID, layout_batch, tiny_config, tiny_model
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
-from prefixvlm.modeling_vlm import modeling_prefix_vlm
-from prefixvlm.modeling_vlm.decoding_prefix_vlm import can_step, step
+from prefixvlm.modeling_vlm import cpu_prefix_vlm
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import _can_step as can_step
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import _step as step
 
 
 def llama_model(**kwargs):
@@ -102,7 +103,7 @@ def test_generation_takes_it(monkeypatch):
     model.generation_config.eos_token_id = None
     expected = model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=False)
     calls = []
-    monkeypatch.setattr(modeling_prefix_vlm, "step", lambda *args: calls.append(args) or step(*args))
+    monkeypatch.setattr(cpu_prefix_vlm, "_step", lambda *args: calls.append(args) or step(*args))
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), expected)
     assert len(calls) == 5
 

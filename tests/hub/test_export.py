@@ -20,7 +20,7 @@ from prefixvlm.configuration import hub_export
 from prefixvlm.configuration.hub_export import EMPTY_CARD, ENTRY_MODULES, export, export_code, write_atomically
 from prefixvlm.modeling_vlm import modeling_prefix_vlm
 
-SIBLINGS = ("masking", "loss", "cpu_products", "decoding")
+SIBLINGS = ("masking", "loss", "cpu")
 MODELING = {"modeling_prefix_vlm.py", *(f"{name}_prefix_vlm.py" for name in SIBLINGS)}
 CODE = {"configuration_prefix_vlm.py", *MODELING}
 CODE |= {"processing_prefix_vlm.py", "images_prefix_vlm.py"}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import common
 from benchmarks.common import Place, alternate, emit, summary
-from benchmarks.questions import QUESTIONS, processor_for
+from benchmarks.questions import QUESTIONS
 from prefixvlm import EncodedImages
 
 ROUNDS = 3
@@ -39,7 +39,7 @@ def run(place: Place) -> list[dict]:
             calls = {amount: _pass(model, place, *shape) for amount, shape in zip(values, shapes[name], strict=True)}
             gflop = [_flops(config, *shape) / 1e9 for shape in shapes[name]]
             results.append(_grown(name, values, alternate(calls, place.device, ROUNDS), gflop, place, depth))
-        processor = processor_for(model)
+        processor = common.processor_for(QUESTIONS, 600, model)
         picture = Image.effect_noise((224, 224), 64).convert("RGB")
         calls = {
             count: lambda count=count: EncodedImages(model, processor, picture).ask(list(QUESTIONS[:count]), 1)

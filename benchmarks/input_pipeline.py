@@ -9,13 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.common import REPEATS, Place, alternate, emit, summary
+from benchmarks.common import REPEATS, Place, alternate, emit, processor_for, summary
 from benchmarks.training_step import BATCH, BUILT_IN, texts
-from prefixvlm import PrefixVLMProcessor
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
-from prefixvlm.train.training.starting_model import train_tokenizer
 
 SAMPLES = 64
 PICTURE = (640, 480)
@@ -24,10 +21,7 @@ PICTURE = (640, 480)
 def run(place: Place, consumed: dict[str, float] | None = None, captions: Path = BUILT_IN) -> list[dict]:
     """`consumed` is how many samples a second training takes, by stage."""
     words = texts(captions)
-    tokenizer = train_tokenizer(words, 2000)
-    collator = ConversationCollator(
-        PrefixVLMProcessor(siglip_image_processor(224), tokenizer, num_image_tokens=256), "caption"
-    )
+    collator = ConversationCollator(processor_for(words, 2000), "caption")
     with tempfile.TemporaryDirectory() as folder:
         samples = []
         for index in range(SAMPLES):

@@ -4,10 +4,8 @@ from PIL import Image
 
 from benchmarks import common
 from benchmarks.common import Place, alternate, emit, ratio, summary
-from prefixvlm import EncodedImages, PrefixVLMProcessor
+from prefixvlm import EncodedImages
 from prefixvlm.inference.asking import generate_texts, prompt_inputs, user_messages
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
-from prefixvlm.train.training.starting_model import train_tokenizer
 
 COUNTS = (1, 2, 4, 8)
 NEW_TOKENS = 8
@@ -30,7 +28,7 @@ def run(place: Place) -> list[dict]:
     reads = sum(count + 1 for count in COUNTS) * (common.REPEATS + 1)
     depth = place.depth(reads * one, reads * least, rate)
     model = common.prefix_vlm(place, depth)
-    processor = processor_for(model)
+    processor = common.processor_for(QUESTIONS, 600, model)
     picture = Image.effect_noise((640, 480), 64).convert("RGB")
     results = []
     for count in COUNTS:
@@ -58,9 +56,3 @@ def ask(model, processor, picture, question: str) -> str:
     """The answer to a prompt of its own."""
     inputs = prompt_inputs(processor, [user_messages([picture], question)])
     return generate_texts(model, processor, inputs, max_new_tokens=NEW_TOKENS)[0]
-
-
-def processor_for(model) -> PrefixVLMProcessor:
-    tokenizer = train_tokenizer(QUESTIONS, 600)
-    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return PrefixVLMProcessor(siglip_image_processor(224), tokenizer, num_image_tokens=model.config.num_image_tokens)

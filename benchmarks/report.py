@@ -55,6 +55,10 @@ def table(results: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
 def figures(files: list[list[dict]]) -> str:
     """For the page: a section a file, with its command, device and versions."""
     return "\n".join(_section(results) for results in files)
@@ -65,18 +69,14 @@ def _section(results: list[dict]) -> str:
     where = sorted({result["where"] for result in results if "," in result["where"]}, key=len)[-1]
     lines = [f"### `{results[0]['command']}`", "", f"{where} and as said; {versions}.", ""]
     if rows := [row for result in results for row in claims(result) if "amounts" not in result]:
-        lines += [
-            "| measured | | |",
-            "|---|---|---|",
-            *(f"| {name} | **{value}** | {words} |" for name, value, words in rows),
-            "",
-        ]
+        shown = [[name, f"**{value}**", words] for name, value, words in rows]
+        lines += [markdown_table(["measured", "", ""], shown), ""]
     for result in results:
         if seconds := {
             side: values for side, values in result.items() if isinstance(values, dict) and "median_s" in values
         }:
-            rows = [f"| {side} | {_range(values)} | {_further(values)} |" for side, values in seconds.items()]
-            lines += [f"{_title(result)}:", "", "| | seconds, median (least to most) | |", "|---|---|---|", *rows, ""]
+            shown = [[side, _range(values), _further(values)] for side, values in seconds.items()]
+            lines += [f"{_title(result)}:", "", markdown_table(["", "seconds, median (least to most)", ""], shown), ""]
         if "amounts" in result:
             lines += _growth(result)
     return "\n".join(lines)
@@ -116,20 +116,13 @@ def _further(values: dict) -> str:
 def _growth(result: dict) -> list[str]:
     gflop = result["gflop"] or ["" for _ in result["amounts"]]
     rows = [
-        f"| {amount} | {one['median_s']:.3f} | {flops} |"
+        [str(amount), f"{one['median_s']:.3f}", str(flops)]
         for amount, one, flops in zip(result["amounts"], result["seconds"], gflop, strict=True)
     ]
     counted = "" if result["exponent_of_flops"] is None else f"; of the operations {result['exponent_of_flops']:.2f}"
     fitted = f"exponent **{result['exponent']:.2f}**, {result['marginal']:.2f} between the last two{counted}"
-    title = f"{_title(result)}, {fitted}:"
-    return [
-        title,
-        "",
-        f"| {result['measurement'].removeprefix('cost by ')} | seconds | GFLOP |",
-        "|---|---|---|",
-        *rows,
-        "",
-    ]
+    heads = [result["measurement"].removeprefix("cost by "), "seconds", "GFLOP"]
+    return [f"{_title(result)}, {fitted}:", "", markdown_table(heads, rows), ""]
 
 
 def main() -> None:

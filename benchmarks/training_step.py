@@ -24,14 +24,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from benchmarks import common
 from benchmarks.common import Place, emit, summary
-from prefixvlm import PrefixVLMProcessor
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.feature_cache import FeatureCache
 from prefixvlm.train.recipes.stages import PAPER_STAGES
 from prefixvlm.train.training.cost import peak_memory, training_flops
-from prefixvlm.train.training.starting_model import train_tokenizer
 from prefixvlm.train.training.trainer import StageTrainer
 
 BATCH = 4
@@ -129,12 +126,10 @@ def main() -> None:
     set_seed(0)
     place = Place(torch.device(options.device), getattr(torch, options.dtype), None)
     captions = texts(options.captions)
-    tokenizer = train_tokenizer(captions, 2000)
     model = common.llava(place, options.depth) if options.side == "LLaVA" else common.prefix_vlm(place, options.depth)
-    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    processor = common.processor_for(captions, 2000, model)
     if options.side == "LLaVA":
         model.config.image_token_index = model.config.image_token_id
-    processor = PrefixVLMProcessor(siglip_image_processor(224), tokenizer, num_image_tokens=IMAGE_TOKENS)
     pictures = [Image.effect_noise((320, 240), 64).convert("RGB") for _ in range(PICTURES)]
     count = BATCH * (STEPS + 1)
     samples = [

@@ -106,6 +106,12 @@ def _small(image: Path, folder: Path, prefix: str = "") -> str:
     return name
 
 
+def asked_and_said(row: dict) -> list[tuple[str, str]]:
+    """The (question, reply) pairs of a prepared conversation."""
+    turns = [turn["value"] for turn in row["conversations"]]
+    return list(zip(turns[::2], turns[1::2], strict=True))
+
+
 def _llava(turns: list[tuple[str, str]]) -> list[dict]:
     return [{"from": role, "value": text} for pair in turns for role, text in zip(("human", "gpt"), pair, strict=True)]
 

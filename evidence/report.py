@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.report import markdown_table
 from evidence import figures, studies
 from evidence.results import ARM_NAMES, DECODER_NAMES, MASKS, Results
 from evidence.statistics import Difference, difference, mean
@@ -82,10 +83,6 @@ def check(page: Path) -> str:
     return text
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
-
-
 def _verdict(apart: Difference, better: str = "holds here", worse: str = "the opposite holds here") -> str:
     return f"**{apart.verdict(better, worse)}**"
 
@@ -95,7 +92,7 @@ def _run(found: Results) -> str:
     minutes = sum(one.get("job_seconds", 0) for one in found.all.values()) / 60
     heads = ["command", "minutes", "of computing, one thread a job", "machine", "versions"]
     row = [f"`{run['command']}`", f"{run['minutes']:.0f}", f"{minutes:.0f}", run["machine"]]
-    return _table(heads, [[*row, ", ".join(f"{name} {version}" for name, version in run["versions"].items())]])
+    return markdown_table(heads, [[*row, ", ".join(f"{name} {version}" for name, version in run["versions"].items())]])
 
 
 def _same_weights(found: Results) -> str:
@@ -104,7 +101,7 @@ def _same_weights(found: Results) -> str:
         if found.has(study):
             ours, other = (found.arm(f"{study}/{mode}")[0]["weights_sha256"] for mode in ("prefix", "prefix_all_images"))
             rows.append([name, "the same bit for bit" if ours == other else "NOT the same, which is a defect"])
-    return _table(["data", "weights under `prefix` and `prefix_all_images`, seed 0"], rows)
+    return markdown_table(["data", "weights under `prefix` and `prefix_all_images`, seed 0"], rows)
 
 
 def _by_mask(found: Results, study: str, keys: dict[str, str]) -> str:
@@ -112,7 +109,7 @@ def _by_mask(found: Results, study: str, keys: dict[str, str]) -> str:
     rows = [[mode, *(str(mean(found.values(f"{study}/{mode}", key))) for key in keys)] for mode in MASKS[study]]
     for other in others:
         rows.append([f"{first} - {other}", *(str(_masks_apart(found, study, key, other)) for key in keys)])
-    return _table(["mask", *keys.values()], rows)
+    return markdown_table(["mask", *keys.values()], rows)
 
 
 def _masks_apart(found: Results, study: str, key: str, other: str = "causal") -> Difference:
@@ -127,7 +124,10 @@ def _masks(found: Results) -> str:
     }
     apart = {name: _masks_apart(found, *score) for name, score in scores.items() if found.has(score[0])}
     rows = [[name, str(one), _verdict(one)] for name, one in apart.items()]
-    return _table(["score", "prefix - causal", "the claim"], rows) + "\n\n![accuracy and CIDEr by mask](evidence/masks.png)"
+    return (
+        markdown_table(["score", "prefix - causal", "the claim"], rows)
+        + "\n\n![accuracy and CIDEr by mask](evidence/masks.png)"
+    )
 
 
 def _stages(found: Results) -> str:
@@ -140,7 +140,7 @@ def _stages(found: Results) -> str:
         compared = ["", ""] if arm == "prefix" else [str(apart), _verdict(apart)]
         rows.append([name, steps, operations, *scores, *compared])
     heads = ["arm", "steps of each stage", "TFLOP", "CIDEr", "class named, %", "all four stages - this, CIDEr", "the claim"]
-    return _table(heads, rows) + "\n\n![CIDEr by stages](evidence/stages.png)"
+    return markdown_table(heads, rows) + "\n\n![CIDEr by stages](evidence/stages.png)"
 
 
 def _texts(found: Results) -> str:
@@ -167,7 +167,7 @@ def _texts(found: Results) -> str:
             )
     heads = ["decoder trained on", "texts", "pairs", "human", "machine", "machine - human", "p", "machine's loss"]
     heads += ["machine lower in", "nats per character, human / machine"]
-    return _table(heads, rows) + "\n\n![losses on texts](evidence/text_loss.png)"
+    return markdown_table(heads, rows) + "\n\n![losses on texts](evidence/text_loss.png)"
 
 
 def _convergence(found: Results) -> str:
@@ -177,7 +177,7 @@ def _convergence(found: Results) -> str:
     apart = difference(losses["human"][1], losses["machine"][1])
     rows.append(["human - machine", "", str(apart), _verdict(apart)])
     heads = ["captions by", "loss at the first log", "loss over the last 20 steps", "the claim"]
-    return _table(heads, rows) + "\n\n![convergence](evidence/convergence.png)"
+    return markdown_table(heads, rows) + "\n\n![convergence](evidence/convergence.png)"
 
 
 def _noise(found: Results) -> str:
@@ -187,7 +187,7 @@ def _noise(found: Results) -> str:
         for trained, name in (("projector", "projector (as the paper)"), ("everything", "everything"))
         for level in studies.NOISES
     ]
-    return _table(["trained", "noise", "target can be seen", "target is noise", "prefix mask"], rows)
+    return markdown_table(["trained", "noise", "target can be seen", "target is noise", "prefix mask"], rows)
 
 
 def _short_cut(found: Results) -> str:
@@ -198,7 +198,7 @@ def _short_cut(found: Results) -> str:
         verdict = _verdict(apart, "the short-cut appears", "the opposite of a short-cut appears")
         rows.append([name, str(mean(without)), str(mean(with_noise)), str(apart), verdict])
     heads = ["trained", "without noise", "with 20% noise", "difference", "verdict"]
-    return _table(heads, rows) + "\n\n![losses in stage 0](evidence/noise.png)"
+    return markdown_table(heads, rows) + "\n\n![losses in stage 0](evidence/noise.png)"
 
 
 def _price_of_hiding(found: Results, trained: str, level: float) -> list[float]:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens.
 
 import hashlib
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from prefixvlm.inference.loading import load
 from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.screening import screen
 from prefixvlm.train.data.sources import load as load_samples
 from prefixvlm.train.evaluation import text_loss
 from prefixvlm.train.evaluation.answering import answer
@@ -99,8 +101,7 @@ def easy_backbones(workspace: Workspace) -> dict:
     captions = [text for row in rows for text in row["texts"]]
     said = []
     for row in data.lines(workspace.data / "easy" / "conversations-train.jsonl"):
-        turns = [turn["value"] for turn in row["conversations"]]
-        said += [f"{question} {reply}" for question, reply in zip(turns[::2], turns[1::2], strict=True)]
+        said += [f"{question} {reply}" for question, reply in data.asked_and_said(row)]
     tokenizer = backbones.tokenizer_of([*captions, *said, "first: second:"], 512)
     pairs = [(workspace.data / "easy" / row["image"], row["texts"]) for row in rows]
     backbones.train_encoder(pairs, tokenizer, 300, 0, workspace.backbone("easy-encoder"), turn=True)
@@ -121,10 +122,28 @@ def text_decoder(workspace: Workspace, kind: str) -> dict:
     return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 250, 0, workspace.backbone(f"text-{kind}"))}
 
 
-def stage(source: dict, steps: int, rates: dict, **changes) -> dict:
+def stage(source: dict, steps: int, rates: dict, changes: dict | None = None) -> dict:
     """A stage of a recipe, as values."""
     sizes = {"batch_size": BATCH, "device_batch_size": BATCH, "max_steps": steps, "epochs": 1000, "warmup": 0.05}
-    return {"data": source, **sizes, **rates, "beta2": 0.99, **changes}
+    return {"data": source, **sizes, **rates, "beta2": 0.99, **(changes or {})}
+
+
+def stages_of(steps: dict[int, int], captions: dict, talks: dict, mode: str, last_rates: dict, **last) -> dict[int, dict]:
+    """The stages that `steps` counts the steps of: 0 to 2 on captions, 3 on conversations; 0 is bidirectional.
+
+    Args:
+        mode: the mask of stages 1 to 3.
+        last_rates: learning rates of stage 3.
+        last: what else is special about stage 3.
+    """
+    mask = {"attention_mode": mode}
+    made_of = {
+        0: (captions, PROJECTOR_ONLY, {}),
+        1: (captions, PROJECTOR_ONLY, mask),
+        2: (captions, EVERYTHING, mask),
+        3: (talks, last_rates, mask | last),
+    }
+    return {number: stage(made_of[number][0], count, *made_of[number][1:]) for number, count in steps.items()}
 
 
 def train(output: Path, seed: int, model: dict, stages: dict[int, dict]) -> tuple[Path, dict]:
@@ -146,14 +165,14 @@ def train(output: Path, seed: int, model: dict, stages: dict[int, dict]) -> tupl
 
 
 def operations(output: Path, folder: Path, recipe) -> float:
-    """Floating-point operations of a run, by the count that the trainer's MFU uses, from each stage's own record."""
-    model, _ = load(str(folder))
+    """Floating-point operations of a run, by the count that the trainer's MFU uses, for samples of mean length."""
+    model, processor = load(str(folder))
     total = 0.0
     for number, stage_recipe in recipe.stages.items():
         record = json.loads((stage_folder(output, number) / RECORD).read_text())
-        used = record["samples"]["used"]
-        tokens, supervised = record["tokens"]["all"] / used, record["tokens"]["supervised"] / used
-        images = round(tokens // model.config.num_image_tokens) if "pairs" in str(stage_recipe.data) else 1
+        collator = ConversationCollator(processor, stage_recipe.stage.text_format)
+        sizes = screen(load_samples(**stage_recipe.data), collator, stage_recipe.max_length, measure=True)
+        images, tokens, supervised = map(statistics.fmean, (sizes.images, sizes.lengths, sizes.supervised))
         trains = {module: rate > 0 for module, rate in stage_recipe.stage.learning_rates.items()}
         a_sample = training_flops(model.requires_grad_(True), trains, images, tokens, tokens**2, supervised)
         total += a_sample * record["steps"] * stage_recipe.stage.batch_size
@@ -180,18 +199,12 @@ def ucm(workspace: Workspace, arm: str, seed: int, mode: str | None = None) -> d
         share = {"captions": FOUR_STAGES[0] + FOUR_STAGES[1] + FOUR_STAGES[2], "talks": FOUR_STAGES[3]}
         parts = [captions | {"weight": share["captions"]}, talks | {"weight": share["talks"]}]
         talks = {"source": "mixture", "parts": parts}
-    stages = {
-        0: stage(captions, steps.get(0, 1), PROJECTOR_ONLY),
-        1: stage(captions, steps.get(1, 1), PROJECTOR_ONLY, attention_mode=mode),
-        2: stage(captions, steps.get(2, 1), EVERYTHING, attention_mode=mode),
-        3: stage(talks, steps[3], EVERYTHING, attention_mode=mode),
-    }
     output = workspace.run("ucm", mode if mode != own_mode else arm, seed)
     last, result = train(
         output,
         seed,
         from_backbones(workspace, "ucm-encoder", "ucm-decoder"),
-        {number: settings for number, settings in stages.items() if number in steps},
+        stages_of(steps, captions, talks, mode, EVERYTHING),
     )
     model, processor = load(str(last))
     rows = [row for row in data.lines(folder / "captions.jsonl") if row["split"] == "test"]
@@ -218,18 +231,12 @@ def easy(workspace: Workspace, mode: str, seed: int) -> dict:
     talks = {"source": "llava", "path": str(folder / "conversations-train.jsonl")}
     faster = EVERYTHING | {"language_model_lr": 3e-3}
     small = {"batch_size": 8, "device_batch_size": 8, "max_tokens_per_row": 512}
-    stages = {
-        0: stage(captions, EASY_STEPS[0], PROJECTOR_ONLY),
-        1: stage(captions, EASY_STEPS[1], PROJECTOR_ONLY, attention_mode=mode),
-        2: stage(captions, EASY_STEPS[2], EVERYTHING, attention_mode=mode),
-        3: stage(talks, EASY_STEPS[3], faster, attention_mode=mode, **small),
-    }
+    stages = stages_of(EASY_STEPS, captions, talks, mode, faster, **small)
     model = from_backbones(workspace, "easy-encoder", "easy-decoder")
     last, result = train(workspace.run("easy", mode, seed), seed, model, stages)
     questions = []
     for row in data.lines(folder / "conversations-test.jsonl"):
-        turns = [turn["value"] for turn in row["conversations"]]
-        questions += [([row["image"]], *pair) for pair in zip(turns[::2], turns[1::2], strict=True)]
+        questions += [([row["image"]], *pair) for pair in data.asked_and_said(row)]
     step = len(questions) / EASY_QUESTIONS
     return result | _accuracies(last, folder, [questions[int(index * step)] for index in range(EASY_QUESTIONS)])
 
@@ -244,7 +251,7 @@ def pairs(workspace: Workspace, mode: str, seed: int) -> dict:
         workspace.run("pairs", mode, seed),
         seed,
         {"start": str(start)},
-        {3: stage(source, PAIR_STEPS, rates, attention_mode=mode)},
+        {3: stage(source, PAIR_STEPS, rates, {"attention_mode": mode})},
     )
     rows = [(row["images"], row["question"], row["answer"]) for row in data.lines(folder / "pairs-test.jsonl")]
     return result | _accuracies(last, folder, rows)
@@ -272,7 +279,7 @@ def noise(workspace: Workspace, level: float, trained: str, seed: int) -> dict:
         workspace.run("noise", trained, level, seed),
         seed,
         from_backbones(workspace, "ucm-encoder", "ucm-decoder"),
-        {0: stage(captions, NOISE_STEPS, rates, noise=level)},
+        {0: stage(captions, NOISE_STEPS, rates, {"noise": level})},
     )
     model, processor = load(str(last))
     samples = load_samples(**captions | {"split": "test"})

@@ -1,22 +1,10 @@
 """A recipe that runs all four stages in seconds, on the test split of easy-VQA."""
 
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL = {
     "model": {
-        "vision": {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 8,
-        },
-        "text": {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-        },
+        "vision": {**SIZES, "image_size": 16, "patch_size": 8},
+        "text": {**SIZES, "num_key_value_heads": 1},
         "tokenizer": {"vocab_size": 300},
     },
     "stages": {

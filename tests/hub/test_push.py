@@ -12,7 +12,7 @@ from prefixvlm.cli import main
 REPO = "someone/vlm"
 CODE = {
     f"{name}_prefix_vlm.py"
-    for name in ("configuration", "modeling", "masking", "loss", "cpu_products", "decoding", "processing", "images")
+    for name in ("configuration", "modeling", "masking", "loss", "cpu", "processing", "images")
 }
 OF_THE_MODEL = {"config.json", "generation_config.json", "model.safetensors", "README.md"} | CODE
 OF_THE_PROCESSOR = {

@@ -1,0 +1,7 @@
+"""From rows of any data set to training batches."""
+
+from prefixvlm.train.data.collator import ConversationCollator
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.sources import load
+
+__all__ = ["Conversation", "ConversationCollator", "load"]

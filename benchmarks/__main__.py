@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, cost, decoding, first_token, imports, input_pipeline, questions, report, training_step
-from benchmarks.common import Place
+from benchmarks.common import Setup
 
 # the share of the time that each may take; what has none takes what it takes
 SHARES = {
@@ -34,7 +34,7 @@ def main() -> None:
         help="default: bfloat16, but where the device has no arithmetic for it only for decoding, else float32",
     )
     parser.add_argument("--minutes", type=float, default=15.0, help="about; models lose layers to keep to it (default: 15)")
-    parser.add_argument("--full", action="store_true", help="all layers, whatever it takes")
+    parser.add_argument("--full", action="store_true", help="all layers, however long it takes")
     parser.add_argument("--captions", type=Path, default=training_step.BUILT_IN, help="a .txt, or .jsonl with `texts`")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks.jsonl"), help="default: runs/benchmarks.jsonl")
     options = parser.parse_args()
@@ -49,8 +49,8 @@ def main() -> None:
     for name in names:
         module, share = SHARES[name]
         seconds = None if options.full or on_gpu or share is None else 60 * options.minutes * share
-        place = Place(device, _dtype(name, options.dtype, device), seconds)
-        results += module.run(place, **_further(name, options.captions, results))
+        setup = Setup(device, _dtype(name, options.dtype, device), seconds)
+        results += module.run(setup, **_further(name, options.captions, results))
         common.free()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""What all benchmarks share: turns taken by the sides, the limits of the machine, and the models side by side.
+"""What all benchmarks share: timing in alternation, the limits of the machine, and the models that are compared.
 
 A model's size is the `paper` preset's. Where that would not fit the time at hand, every side keeps the same share of its
 layers (`depth`), which each result says.
@@ -34,17 +34,17 @@ REPEATS = 5
 # products of the paper's model: encoder, projector and decoder, over one image and over a batch of four
 GEMM_SHAPES = ((256, 1152, 4304), (288, 896, 4864), (1152, 896, 4864), (1024, 1152, 4304), (2048, 2048, 2048))
 VOCABULARY, WIDTH = 151_936, 896
-REACHED = 0.65  # of that rate, over whole models, to reckon how long they take
+REACHED = 0.65  # the share of that rate that whole models reach, to estimate how long they take
 
 
 @dataclass
-class Place:
-    """Where and how long to measure.
+class Setup:
+    """What to measure on, in which precision, and for how long.
 
     Attributes:
         device: `cpu` or `cuda`.
         dtype: of weights and activations.
-        seconds: how long one benchmark may take, about; `None` for full size whatever it takes.
+        seconds: roughly how long one benchmark may take; `None` for full size, however long it takes.
     """
 
     device: torch.device
@@ -68,16 +68,16 @@ def device_name(device: torch.device) -> str:
     return f"{torch.get_num_threads()} cores, {platform.machine()} with {capability}"
 
 
-def emit(name: str, place: Place | None = None, **values) -> dict:
+def emit(name: str, setup: Setup | None = None, **values) -> dict:
     """Prints a result as one line of JSON, and returns it."""
-    where = {"where": str(place)} if place else {"where": f"{os.cpu_count()} cores, {platform.machine()}"}
+    where = {"where": str(setup)} if setup else {"where": f"{os.cpu_count()} cores, {platform.machine()}"}
     result = {"measurement": name, **values, **where, "versions": versions()}
     print(json.dumps(result), flush=True)
     return result
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, with all that it left to do on a GPU."""
+    """How long one call takes, including the work it queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -88,9 +88,9 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def alternate(calls: dict[str, Callable], device: torch.device, repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each call over `repeats` rounds in which they take turns, after one round that does not count.
+    """Seconds of each call over `repeats` rounds in which the calls alternate, after one warm-up round.
 
-    Every second round goes backwards, or one side would always find what the largest has left of the caches and the memory.
+    Every second round runs in reverse order; otherwise one call would always run right after the largest model.
     """
     for call in calls.values():
         call()
@@ -104,7 +104,7 @@ def alternate(calls: dict[str, Callable], device: torch.device, repeats: int = R
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
-    """Of the medians."""
+    """The ratio of the medians."""
     return round(statistics.median(slow) / statistics.median(fast), 3)
 
 
@@ -117,31 +117,31 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def gemm_rate(place: Place) -> float:
-    """The most FLOP/s that matrix products of the model's shapes reach."""
+def gemm_rate(setup: Setup) -> float:
+    """The highest FLOP/s that matrix products of the model's shapes reach."""
     rates = []
     for rows, inner, columns in GEMM_SHAPES:
-        a = torch.randn(rows, inner, device=place.device).to(place.dtype)
-        b = torch.randn(columns, inner, device=place.device).to(place.dtype)
-        seconds = [seconds_of(lambda a=a, b=b: functional.linear(a, b), place.device) for _ in range(REPEATS + 1)][1:]
+        a = torch.randn(rows, inner, device=setup.device).to(setup.dtype)
+        b = torch.randn(columns, inner, device=setup.device).to(setup.dtype)
+        seconds = [seconds_of(lambda a=a, b=b: functional.linear(a, b), setup.device) for _ in range(REPEATS + 1)][1:]
         rates.append(2 * rows * inner * columns / min(seconds))
     return max(rates)
 
 
-def limit_rate(place: Place) -> float:
+def limit_rate(setup: Setup) -> float:
     """`gemm_rate`, in the dtype that our model's products are computed in."""
-    slow = bf16_is_emulated(torch.zeros(1, dtype=place.dtype, device=place.device))
-    return gemm_rate(Place(place.device, torch.float32, None) if slow else place)
+    slow = bf16_is_emulated(torch.zeros(1, dtype=setup.dtype, device=setup.device))
+    return gemm_rate(Setup(setup.device, torch.float32, None) if slow else setup)
 
 
-def gemv_bandwidth(place: Place) -> float:
-    """The most bytes a second that the product of one row with the vocabulary's matrix reads, with oneDNN or without."""
-    row = torch.randn(1, WIDTH, device=place.device).to(place.dtype)
-    matrix = torch.randn(VOCABULARY, WIDTH, device=place.device).to(place.dtype)
+def gemv_bandwidth(setup: Setup) -> float:
+    """The highest bytes per second of a product of one row with the vocabulary matrix, with oneDNN or without."""
+    row = torch.randn(1, WIDTH, device=setup.device).to(setup.dtype)
+    matrix = torch.randn(VOCABULARY, WIDTH, device=setup.device).to(setup.dtype)
     seconds = []
     for context in (nullcontext(), OneRowProducts()):
         with context:
-            seconds += [seconds_of(lambda: functional.linear(row, matrix), place.device) for _ in range(2 * REPEATS)]
+            seconds += [seconds_of(lambda: functional.linear(row, matrix), setup.device) for _ in range(2 * REPEATS)]
     return matrix.numel() * matrix.element_size() / min(seconds)
 
 
@@ -153,7 +153,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def forward_flops(
     config, images: int, patches: int, tokens: int, head_tokens: int = 1, projected: int | None = None
 ) -> float:
-    """Of one pass through an encoder, a projector and a decoder: two a weight and token, and 4 T^2 D of attention a layer.
+    """FLOPs of one pass through encoder, projector and decoder: 2 per weight and token, and 4 T^2 D per layer of attention.
 
     Args:
         config: with `vision_config` (SigLIP) and `text_config` (Qwen 2).
@@ -204,8 +204,8 @@ def shorten(config, depth: float) -> None:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
 
 
-def prefix_vlm(place: Place, depth: float = 1.0) -> PrefixVLMForConditionalGeneration:
-    return _built(PrefixVLMForConditionalGeneration, paper_config(depth), place)
+def prefix_vlm(setup: Setup, depth: float = 1.0) -> PrefixVLMForConditionalGeneration:
+    return _built(PrefixVLMForConditionalGeneration, paper_config(depth), setup)
 
 
 def llava_config(depth: float = 1.0) -> LlavaConfig:
@@ -222,8 +222,8 @@ def llava_config(depth: float = 1.0) -> LlavaConfig:
     )
 
 
-def llava(place: Place, depth: float = 1.0) -> LlavaForConditionalGeneration:
-    return _built(LlavaForConditionalGeneration, llava_config(depth), place)
+def llava(setup: Setup, depth: float = 1.0) -> LlavaForConditionalGeneration:
+    return _built(LlavaForConditionalGeneration, llava_config(depth), setup)
 
 
 def onevision_config(depth: float = 1.0) -> LlavaOnevisionConfig:
@@ -234,15 +234,15 @@ def onevision_config(depth: float = 1.0) -> LlavaOnevisionConfig:
     return config
 
 
-def onevision(place: Place, depth: float = 1.0) -> LlavaOnevisionForConditionalGeneration:
-    return _built(LlavaOnevisionForConditionalGeneration, onevision_config(depth), place)
+def onevision(setup: Setup, depth: float = 1.0) -> LlavaOnevisionForConditionalGeneration:
+    return _built(LlavaOnevisionForConditionalGeneration, onevision_config(depth), setup)
 
 
-def _built(model_class, config, place: Place):
+def _built(model_class, config, setup: Setup):
     default = torch.get_default_dtype()
-    torch.set_default_dtype(place.dtype)  # from the start, so that no wider copy counts among the memory
+    torch.set_default_dtype(setup.dtype)  # from the start, so that no wider copy counts among the memory
     try:
-        with torch.device(place.device), _QuickWeights():
+        with torch.device(setup.device), _QuickWeights():
             model = model_class(config).eval()
     finally:
         torch.set_default_dtype(default)
@@ -287,8 +287,8 @@ def processor_for(texts: Sequence[str], vocab_size: int, model=None) -> PrefixVL
     return processor
 
 
-def pixels(place: Place, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.device, place.dtype)
+def pixels(setup: Setup, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setup.device, setup.dtype)
 
 
 def free() -> None:

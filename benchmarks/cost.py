@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import common
-from benchmarks.common import Place, alternate, emit, summary
+from benchmarks.common import Setup, alternate, emit, summary
 from benchmarks.questions import QUESTIONS
 from prefixvlm import EncodedImages
 
@@ -23,30 +23,30 @@ QUESTION_COUNTS = (1, 2, 4, 8)
 PATCHES, WORDS = 256, 32
 
 
-def run(place: Place) -> list[dict]:
+def run(setup: Setup) -> list[dict]:
     amounts = {"text tokens": TEXTS, "batch": BATCHES, "images": IMAGES}
     shapes = {name: [_shape(name, amount) for amount in values] for name, values in amounts.items()}
     whole, least = (
         (ROUNDS + 1) * sum(_flops(common.paper_config(depth), *shape) for values in shapes.values() for shape in values)
         for depth in (1.0, 0.0)
     )
-    depth = place.depth(whole, least, common.gemm_rate(place))
-    model = common.prefix_vlm(place, depth)
+    depth = setup.depth(whole, least, common.gemm_rate(setup))
+    model = common.prefix_vlm(setup, depth)
     config = model.config
     results = []
     with torch.inference_mode():
         for name, values in amounts.items():
-            calls = {amount: _pass(model, place, *shape) for amount, shape in zip(values, shapes[name], strict=True)}
+            calls = {amount: _pass(model, setup, *shape) for amount, shape in zip(values, shapes[name], strict=True)}
             gflop = [_flops(config, *shape) / 1e9 for shape in shapes[name]]
-            results.append(_grown(name, values, alternate(calls, place.device, ROUNDS), gflop, place, depth))
+            results.append(_grown(name, values, alternate(calls, setup.device, ROUNDS), gflop, setup, depth))
         processor = common.processor_for(QUESTIONS, 600, model)
         picture = Image.effect_noise((224, 224), 64).convert("RGB")
         calls = {
             count: lambda count=count: EncodedImages(model, processor, picture).ask(list(QUESTIONS[:count]), 1)
             for count in QUESTION_COUNTS
         }
-        seconds = alternate(calls, place.device, ROUNDS)
-        results.append(_grown("questions about one image", QUESTION_COUNTS, seconds, None, place, depth))
+        seconds = alternate(calls, setup.device, ROUNDS)
+        results.append(_grown("questions about one image", QUESTION_COUNTS, seconds, None, setup, depth))
     return results
 
 
@@ -55,11 +55,11 @@ def exponent(amounts, seconds) -> float:
     return float(np.polyfit(np.log(amounts), np.log(seconds), 1)[0])
 
 
-def _grown(name: str, amounts, seconds: dict, gflop, place: Place, depth: float) -> dict:
+def _grown(name: str, amounts, seconds: dict, gflop, setup: Setup, depth: float) -> dict:
     medians = [float(np.median(seconds[amount])) for amount in amounts]
     return emit(
         f"cost by {name}",
-        place,
+        setup,
         depth=round(depth, 3),
         layers=common.layers(common.paper_config().text_config, depth),
         amounts=list(amounts),
@@ -80,7 +80,7 @@ def _flops(config, rows: int, images: int, words: int) -> float:
     return rows * common.forward_flops(config, images, PATCHES, images * PATCHES + words)
 
 
-def _pass(model, place: Place, rows: int, images: int, words: int):
-    inputs = common.prompt(model.config.image_token_id, images * PATCHES, words, place.device, rows)
-    pictures = common.pixels(place, rows * images, 3, 224, 224)
+def _pass(model, setup: Setup, rows: int, images: int, words: int):
+    inputs = common.prompt(model.config.image_token_id, images * PATCHES, words, setup.device, rows)
+    pictures = common.pixels(setup, rows * images, 3, 224, 224)
     return lambda: model(**inputs, pixel_values=pictures, logits_to_keep=1, use_cache=True)

@@ -9,7 +9,7 @@ import statistics
 import torch
 
 from benchmarks import common
-from benchmarks.common import Place, alternate, emit, ratio, summary
+from benchmarks.common import Setup, alternate, emit, ratio, summary
 
 TEXT_TOKENS = 32
 PATCHES = 256
@@ -20,23 +20,23 @@ ONEVISION_CROPS, ONEVISION_PATCHES = 5, 729
 ONEVISION_TOKENS = 729 + 40 * 54 + 40
 
 
-def run(place: Place) -> list[dict]:
-    rate = common.gemm_rate(place)
+def run(setup: Setup) -> list[dict]:
+    rate = common.gemm_rate(setup)
     full = _flops(1.0)
     rounds = common.REPEATS + 1
-    depth = place.depth(rounds * sum(full.values()), rounds * sum(_flops(0.0).values()), rate)
+    depth = setup.depth(rounds * sum(full.values()), rounds * sum(_flops(0.0).values()), rate)
     calls = {}
     for name, side in SIDES.items():
-        model, inputs = side(place, depth)
+        model, inputs = side(setup, depth)
         calls[name] = lambda model=model, inputs=inputs: model.generate(**inputs, max_new_tokens=1, do_sample=False)
     with torch.inference_mode():
-        seconds = alternate(calls, place.device)
-    limit_rate = common.limit_rate(place)
+        seconds = alternate(calls, setup.device)
+    limit_rate = common.limit_rate(setup)
     limit = _flops(depth)["PrefixVLM"] / limit_rate
     return [
         emit(
             "time to first token",
-            place,
+            setup,
             depth=round(depth, 3),
             **{name: {**summary(seconds[name]), "full_size_gflop": round(full[name] / 1e9, 1)} for name in SIDES},
             faster_than_llava=ratio(seconds["LLaVA"], seconds["PrefixVLM"]),
@@ -48,26 +48,26 @@ def run(place: Place) -> list[dict]:
     ]
 
 
-def prefix_vlm(place: Place, depth: float):
-    model = common.prefix_vlm(place, depth)
-    return model, _square(place, model.config.image_token_id)
+def prefix_vlm(setup: Setup, depth: float):
+    model = common.prefix_vlm(setup, depth)
+    return model, _square(setup, model.config.image_token_id)
 
 
-def llava(place: Place, depth: float):
-    model = common.llava(place, depth)
-    return model, _square(place, model.config.image_token_index)
+def llava(setup: Setup, depth: float):
+    model = common.llava(setup, depth)
+    return model, _square(setup, model.config.image_token_index)
 
 
-def onevision(place: Place, depth: float):
-    model = common.onevision(place, depth)
-    words = common.prompt(model.config.image_token_index, ONEVISION_TOKENS, TEXT_TOKENS, place.device)
-    pictures = common.pixels(place, 1, ONEVISION_CROPS, 3, 384, 384)
-    return model, {**words, "pixel_values": pictures, "image_sizes": torch.tensor([PICTURE], device=place.device)}
+def onevision(setup: Setup, depth: float):
+    model = common.onevision(setup, depth)
+    words = common.prompt(model.config.image_token_index, ONEVISION_TOKENS, TEXT_TOKENS, setup.device)
+    pictures = common.pixels(setup, 1, ONEVISION_CROPS, 3, 384, 384)
+    return model, {**words, "pixel_values": pictures, "image_sizes": torch.tensor([PICTURE], device=setup.device)}
 
 
-def _square(place: Place, image_token_id: int) -> dict:
-    words = common.prompt(image_token_id, PATCHES, TEXT_TOKENS, place.device)
-    return {**words, "pixel_values": common.pixels(place, 1, 3, 224, 224)}
+def _square(setup: Setup, image_token_id: int) -> dict:
+    words = common.prompt(image_token_id, PATCHES, TEXT_TOKENS, setup.device)
+    return {**words, "pixel_values": common.pixels(setup, 1, 3, 224, 224)}
 
 
 def _flops(depth: float) -> dict[str, float]:

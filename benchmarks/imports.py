@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from benchmarks.common import REPEATS, Place, alternate, emit, summary
+from benchmarks.common import REPEATS, Setup, alternate, emit, summary
 
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
@@ -15,7 +15,7 @@ COMMANDS = {
 ASK_FOR_TORCH = "import sys, prefixvlm.cli; prefixvlm.cli.parser().format_help(); print('torch' in sys.modules)"
 
 
-def run(place: Place) -> list[dict]:
+def run(setup: Setup) -> list[dict]:
     calls = {
         name: lambda command=command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for name, command in COMMANDS.items()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.common import REPEATS, Place, alternate, emit, processor_for, summary
+from benchmarks.common import REPEATS, Setup, alternate, emit, processor_for, summary
 from benchmarks.training_step import BATCH, BUILT_IN, texts
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
@@ -18,7 +18,7 @@ SAMPLES = 64
 PICTURE = (640, 480)
 
 
-def run(place: Place, consumed: dict[str, float] | None = None, captions: Path = BUILT_IN) -> list[dict]:
+def run(setup: Setup, consumed: dict[str, float] | None = None, captions: Path = BUILT_IN) -> list[dict]:
     """`consumed` is how many samples a second training takes, by stage."""
     words = texts(captions)
     collator = ConversationCollator(processor_for(words, 2000), "caption")
@@ -39,7 +39,7 @@ def run(place: Place, consumed: dict[str, float] | None = None, captions: Path =
     return [
         emit(
             "input pipeline",
-            place,
+            setup,
             **summary(seconds),
             samples_per_second=round(rate, 1),
             picture=PICTURE,

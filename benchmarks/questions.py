@@ -3,7 +3,7 @@
 from PIL import Image
 
 from benchmarks import common
-from benchmarks.common import Place, alternate, emit, ratio, summary
+from benchmarks.common import Setup, alternate, emit, ratio, summary
 from prefixvlm import EncodedImages
 from prefixvlm.inference.asking import generate_texts, prompt_inputs, user_messages
 
@@ -21,13 +21,13 @@ QUESTIONS = (
 )
 
 
-def run(place: Place) -> list[dict]:
-    rate = common.gemm_rate(place)
+def run(setup: Setup) -> list[dict]:
+    rate = common.gemm_rate(setup)
     one, least = (common.forward_flops(common.paper_config(depth), 1, 256, 256 + 32) for depth in (1.0, 0.0))
     # each count reads the image once together, and as often as it has questions alone
     reads = sum(count + 1 for count in COUNTS) * (common.REPEATS + 1)
-    depth = place.depth(reads * one, reads * least, rate)
-    model = common.prefix_vlm(place, depth)
+    depth = setup.depth(reads * one, reads * least, rate)
+    model = common.prefix_vlm(setup, depth)
     processor = common.processor_for(QUESTIONS, 600, model)
     picture = Image.effect_noise((640, 480), 64).convert("RGB")
     results = []
@@ -37,11 +37,11 @@ def run(place: Place) -> list[dict]:
             "together": lambda questions=questions: EncodedImages(model, processor, picture).ask(questions, NEW_TOKENS),
             "separately": lambda questions=questions: [ask(model, processor, picture, question) for question in questions],
         }
-        seconds = alternate(calls, place.device)
+        seconds = alternate(calls, setup.device)
         results.append(
             emit(
                 "questions about one image",
-                place,
+                setup,
                 depth=round(depth, 3),
                 questions=count,
                 new_tokens=NEW_TOKENS,

@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from benchmarks import common
-from benchmarks.common import Place, emit, summary
+from benchmarks.common import Setup, emit, summary
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.feature_cache import FeatureCache
@@ -38,17 +38,17 @@ PICTURES, IMAGE_TOKENS = 8, 256
 BUILT_IN = Path(__file__).with_name("captions.txt")
 
 
-def run(place: Place, captions: Path = BUILT_IN) -> list[dict]:
+def run(setup: Setup, captions: Path = BUILT_IN) -> list[dict]:
     whole, least = (ROUNDS * (STEPS + 1) * _flops_of_all(depth) for depth in (1.0, 0.0))
-    depth = place.depth(whole, least, common.gemm_rate(place))
-    return [_stage(place, stage, depth, captions) for stage in SIDES]
+    depth = setup.depth(whole, least, common.gemm_rate(setup))
+    return [_stage(setup, stage, depth, captions) for stage in SIDES]
 
 
-def _stage(place: Place, stage: int, depth: float, captions: Path) -> dict:
+def _stage(setup: Setup, stage: int, depth: float, captions: Path) -> dict:
     runs = {side: [] for side in SIDES[stage]}
     for _ in range(ROUNDS):
         for side, results in runs.items():
-            results.append(_process(place, side, stage, depth, captions))
+            results.append(_process(setup, side, stage, depth, captions))
     seconds = {side: [one for result in results for one in result["seconds"]] for side, results in runs.items()}
     memory = {side: max(result["peak_bytes"] for result in results) for side, results in runs.items()}
     medians = {side: statistics.median(values) for side, values in seconds.items()}
@@ -56,7 +56,7 @@ def _stage(place: Place, stage: int, depth: float, captions: Path) -> dict:
     rate = statistics.median(result["gemm_rate"] for result in runs["PrefixVLM"])
     return emit(
         f"stage {stage} training step",
-        place,
+        setup,
         depth=round(depth, 3),
         batch=BATCH,
         **{side: {**summary(seconds[side]), "peak_gib": round(memory[side] / 2**30, 2)} for side in runs},
@@ -77,9 +77,9 @@ def _logged(results: list[dict]) -> dict:
     return {"mfu_logged_by_the_trainer": round(statistics.median(logged), 3)} if logged else {}
 
 
-def _process(place: Place, side: str, stage: int, depth: float, captions: Path) -> dict:
-    dtype = str(place.dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "benchmarks.training_step", side, str(stage), str(depth), str(place.device), dtype]
+def _process(setup: Setup, side: str, stage: int, depth: float, captions: Path) -> dict:
+    dtype = str(setup.dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "benchmarks.training_step", side, str(stage), str(depth), str(setup.device), dtype]
     finished = subprocess.run([*command, str(captions)], capture_output=True, text=True)
     if finished.returncode:
         raise RuntimeError(f"A training of {side} failed:\n{finished.stderr[-3000:]}")
@@ -87,8 +87,8 @@ def _process(place: Place, side: str, stage: int, depth: float, captions: Path) 
 
 
 def _flops_of_all(depth: float) -> float:
-    """Of a step of every side in both stages on the captions of this folder, about."""
-    model = common.prefix_vlm(Place(torch.device("meta"), torch.float32, None), depth)
+    """Roughly the FLOPs of one step of every side in both stages on the built-in captions."""
+    model = common.prefix_vlm(Setup(torch.device("meta"), torch.float32, None), depth)
     tokens, words = 280, 24
     flops = 0.0
     for stage, sides in SIDES.items():
@@ -124,9 +124,9 @@ def main() -> None:
         parser.add_argument(name, type=kind)
     options = parser.parse_args()
     set_seed(0)
-    place = Place(torch.device(options.device), getattr(torch, options.dtype), None)
+    setup = Setup(torch.device(options.device), getattr(torch, options.dtype), None)
     captions = texts(options.captions)
-    model = common.llava(place, options.depth) if options.side == "LLaVA" else common.prefix_vlm(place, options.depth)
+    model = common.llava(setup, options.depth) if options.side == "LLaVA" else common.prefix_vlm(setup, options.depth)
     processor = common.processor_for(captions, 2000, model)
     if options.side == "LLaVA":
         model.config.image_token_index = model.config.image_token_id
@@ -137,12 +137,12 @@ def main() -> None:
         for index in range(count)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        result = _train(options, place, model, processor, samples, Path(folder))
-    print(json.dumps({**result, "gemm_rate": common.limit_rate(place)}))
+        result = _train(options, setup, model, processor, samples, Path(folder))
+    print(json.dumps({**result, "gemm_rate": common.limit_rate(setup)}))
 
 
-def _train(options, place: Place, model, processor, samples: list[Conversation], folder: Path) -> dict:
-    clock = _Clock(place.device)
+def _train(options, setup: Setup, model, processor, samples: list[Conversation], folder: Path) -> dict:
+    clock = _Clock(setup.device)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH,
@@ -152,7 +152,7 @@ def _train(options, place: Place, model, processor, samples: list[Conversation],
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
-        use_cpu=place.device.type == "cpu",
+        use_cpu=setup.device.type == "cpu",
         disable_tqdm=True,
     )
     make_collator = partial(ConversationCollator, processor, "caption")
@@ -165,10 +165,10 @@ def _train(options, place: Place, model, processor, samples: list[Conversation],
     else:
         cache = None
         if options.side == "PrefixVLM cached":
-            cache = FeatureCache(folder / "features", model.vision_tower, place.dtype, 2**33)
+            cache = FeatureCache(folder / "features", model.vision_tower, setup.dtype, 2**33)
             for start in range(0, PICTURES, BATCH):  # the first epoch
                 batch = make_collator(feature_cache=cache)(samples[start : start + BATCH])
-                cache.complete({name: tensor.to(place.device) for name, tensor in batch.items()}, model.get_vision_features)
+                cache.complete({name: tensor.to(setup.device) for name, tensor in batch.items()}, model.get_vision_features)
         stage = replace(PAPER_STAGES[options.stage], batch_size=BATCH)
         collator = make_collator(feature_cache=cache)
         trainer = StageTrainer(stage=stage, feature_cache=cache, data_collator=collator, **given)
@@ -180,7 +180,7 @@ def _train(options, place: Place, model, processor, samples: list[Conversation],
     logged = [entry["mfu"] for entry in trainer.state.log_history if "mfu" in entry]
     return {
         "seconds": clock.seconds,
-        "peak_bytes": peak_memory(place.device),
+        "peak_bytes": peak_memory(setup.device),
         "flops": flops,
         "logged_mfu": logged[0] if logged else None,
     }

@@ -1,4 +1,4 @@
-"""The small data sets of the studies, brought to one form: small pictures with what is said about them.
+"""The small data sets of the studies in one format: small pictures with texts about them.
 
 Of the given data folder, `ucm_captions/`, `coco_photos/` and `human_vs_machine_text/` are read; easy-VQA comes from PyPI.
 """
@@ -23,7 +23,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def prepare_ucm(source: Path, folder: Path) -> None:
-    """UCM captions with small pictures, as caption rows and as conversations that ask for a caption and for the class."""
+    """Prepares UCM captions with small pictures: as captions, and as conversations that ask for a caption and the class."""
     rows = lines(source / "captions.jsonl")
     for row in rows:
         row["image"] = _small(source / row["image"], folder)
@@ -37,7 +37,7 @@ def prepare_ucm(source: Path, folder: Path) -> None:
 
 
 def prepare_easy_vqa(folder: Path) -> None:
-    """easy-VQA as captions, as conversations, and as single questions about one of two pictures."""
+    """Prepares easy-VQA as captions, as conversations, and as single questions about one of two pictures."""
     for split in ("train", "test"):
         for name, samples in (("captions", easy_vqa.captions(split)), ("conversations", easy_vqa.conversations(split))):
             rows = []
@@ -54,7 +54,7 @@ def prepare_easy_vqa(folder: Path) -> None:
 
 
 def _pairs(split: str) -> list[dict]:
-    """Questions about the first or the second of two pictures, every answer to be read off one of the two."""
+    """Questions about the first or the second of two pictures."""
     draw = random.Random(f"pairs {split}")
     pictures = [(f"{split}-{image.stem}.png", questions) for image, questions in easy_vqa.questions_by_image(split).items()]
     rows = []
@@ -68,7 +68,7 @@ def _pairs(split: str) -> list[dict]:
 
 
 def prepare_coco(source: Path, folder: Path) -> None:
-    """The COCO photos with five human captions each, and with the captions of five machines."""
+    """Prepares the COCO photos, each with five human and five machine captions."""
     rows = lines(source / "captions.jsonl")
     for row in rows:
         row["image"] = _small(source / row["image"], folder)
@@ -78,7 +78,7 @@ def prepare_coco(source: Path, folder: Path) -> None:
 
 
 def prepare_texts(source: Path, folder: Path) -> None:
-    """Human and machine texts side by side, of COCO's images apart for training a decoder (odd rows) and for testing."""
+    """Prepares human and machine texts side by side; of COCO, odd rows are for training a decoder, even ones for testing."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"human": row["human"], "machine": [text for text in row["machine"].values() if text]}
@@ -91,7 +91,7 @@ def prepare_texts(source: Path, folder: Path) -> None:
 
 
 def neutral_texts() -> list[str]:
-    """Prose that is neither a caption nor from a machine, and is there wherever Python is: its language reference."""
+    """Prose that is neither a caption nor machine-written and comes with every Python: its language reference."""
     from pydoc_data.topics import topics
 
     return [line for text in topics.values() for line in text.split("\n\n") if len(line) > 80]

@@ -54,7 +54,7 @@ DECODERS = ("neutral", "human", "both")
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where everything is: the data that was given, and the folder that all results go to."""
+    """The folders of a run: the given data, and the output that everything is written to."""
 
     given: Path | None
     output: Path
@@ -76,7 +76,7 @@ class Workspace:
 
 
 def prepare(workspace: Workspace) -> dict:
-    """Makes the small pictures and the rows of all data sets."""
+    """Prepares the pictures and rows of all data sets."""
     data.prepare_easy_vqa(workspace.data / "easy")
     if workspace.given:
         data.prepare_ucm(workspace.given / "ucm_captions", workspace.data / "ucm")
@@ -86,7 +86,7 @@ def prepare(workspace: Workspace) -> dict:
 
 
 def ucm_backbones(workspace: Workspace) -> dict:
-    """Encoder and decoder from the training split of UCM captions."""
+    """Trains encoder and decoder on the training split of UCM captions."""
     rows = [row for row in data.lines(workspace.data / "ucm" / "captions.jsonl") if row["split"] == "train"]
     texts = [text for row in rows for text in row["texts"]]
     tokenizer = backbones.tokenizer_of([*texts, data.DESCRIBE, data.WHAT], 600)
@@ -96,7 +96,7 @@ def ucm_backbones(workspace: Workspace) -> dict:
 
 
 def easy_backbones(workspace: Workspace) -> dict:
-    """Encoder from easy-VQA's training pictures and captions, decoder from these and the questions with their answers."""
+    """Trains an encoder on easy-VQA's training pictures and captions, a decoder on its captions, questions and answers."""
     rows = data.lines(workspace.data / "easy" / "captions-train.jsonl")
     captions = [text for row in rows for text in row["texts"]]
     said = []
@@ -111,7 +111,7 @@ def easy_backbones(workspace: Workspace) -> dict:
 
 
 def text_decoder(workspace: Workspace, kind: str) -> dict:
-    """A decoder for the comparison of texts: of `neutral` prose, of captions by `human`s, or of captions by `both`."""
+    """Trains a decoder for the comparison of texts: on `neutral` prose, on `human` captions, or on `both` kinds."""
     if kind == "neutral":
         texts, vocabulary = data.neutral_texts(), 2000
     else:

@@ -8,12 +8,12 @@ from tiny import FIRST_WORD, layout_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
-from benchmarks.common import Place, alternate, forward_flops
+from benchmarks.common import Setup, alternate, forward_flops
 from benchmarks.cost import exponent
 from prefixvlm.train.recipes.stages import PAPER_STAGES
 from prefixvlm.train.training.cost import training_flops
 
-CPU = Place(torch.device("cpu"), torch.float32, None)
+CPU = Setup(torch.device("cpu"), torch.float32, None)
 
 
 def counted(call) -> int:
@@ -47,17 +47,17 @@ def test_operations_of_a_training_step_are_those_that_torch_counts(stage):
 
 
 def test_depth_keeps_to_the_time():
-    place = Place(torch.device("cpu"), torch.float32, seconds=10.0)
+    setup = Setup(torch.device("cpu"), torch.float32, seconds=10.0)
     rate = 100.0
-    depth = place.depth(2000.0, 200.0, rate)
+    depth = setup.depth(2000.0, 200.0, rate)
     assert (200 + depth * 1800) / (rate * common.REACHED) == pytest.approx(10.0)
-    assert place.depth(500.0, 200.0, rate) == 1.0
-    assert place.depth(9000.0, 2000.0, rate) == 0.0
+    assert setup.depth(500.0, 200.0, rate) == 1.0
+    assert setup.depth(9000.0, 2000.0, rate) == 0.0
     assert CPU.depth(9000.0, 2000.0, rate) == 1.0
 
 
 def test_models_of_one_depth_have_as_many_layers():
-    meta = Place(torch.device("meta"), torch.bfloat16, None)
+    meta = Setup(torch.device("meta"), torch.bfloat16, None)
     ours, llava = common.prefix_vlm(meta, 0.1), common.llava(meta, 0.1)
     for config in (ours.config, llava.config):
         assert (config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers) == (3, 2)
@@ -69,7 +69,7 @@ def test_models_of_one_depth_have_as_many_layers():
 
 
 def test_quick_weights_are_random_and_finite():
-    model = common.prefix_vlm(Place(torch.device("cpu"), torch.float32, None), 0.0)
+    model = common.prefix_vlm(Setup(torch.device("cpu"), torch.float32, None), 0.0)
     weight = model.get_decoder().layers[0].mlp.up_proj.weight
     assert weight.isfinite().all()
     assert 0.005 < weight.std() < 0.05

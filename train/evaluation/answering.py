@@ -1,4 +1,4 @@
-"""Answers to many questions about images, and captions of many images, generated in batches of similar length."""
+"""Generates answers to questions about images, and captions, in batches of similar length."""
 
 from collections.abc import Iterable, Iterator
 
@@ -25,13 +25,13 @@ def answer(model, processor, questions: list[Conversation], show_progress: bool 
 def answers(
     model, processor, questions, indices: Iterable[int], decoding: Decoding, show_progress: bool = True
 ) -> Iterator[list[tuple[int, str]]]:
-    """Yields (index, text) pairs batch by batch, the longest questions first, so that a batch too large shows at once.
+    """Yields (index, text) pairs batch by batch, longest questions first, so that running out of memory shows at once.
 
     Args:
-        model: a PrefixVLM; it is put into evaluation mode, and left in it.
+        model: a PrefixVLM; it is left in evaluation mode.
         processor: its processor.
-        questions: conversations that end with a user turn; one with nothing but an empty user turn asks for a caption.
-        indices: which of them to answer.
+        questions: conversations that end with a user turn; a single empty user turn asks for a caption.
+        indices: of the questions to answer.
 
     Raises:
         ValueError: for an image that cannot be opened, naming its sample.

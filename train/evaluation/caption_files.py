@@ -16,29 +16,29 @@ _REFERENCES_FORM = '{"images": [{"id": ...}], "annotations": [{"image_id": ..., 
 def score_files(
     predictions: str | Path, references: str | Path, metrics: Iterable[str] | None = None, intervals: bool = False
 ) -> dict:
-    """The scores of a results file against a captions file.
+    """Scores a file of predictions against a file of references.
 
-    Images of `references` without a prediction are left out; their number is told on stderr and in the answer.
+    Images of `references` without a prediction are left out; their number is printed to stderr and returned.
 
     Args:
         predictions: JSON, `[{"image_id", "caption"}]`.
         references: JSON, `{"images": [{"id"}], "annotations": [{"image_id", "caption"}]}`.
         metrics: names of scores; by default all but SPICE.
-        intervals: also gives 95% intervals, from 1,000 resamples of the images.
+        intervals: whether to add 95% intervals, from 1,000 resamples of the images.
 
     Returns:
         `images` (how many were scored), `images_without_prediction` if there are any, the scores, and `intervals`.
 
     Raises:
-        ValueError: a file that is not of the form, or whose images do not fit the other's.
-        OSError: a file that cannot be read, no Java, or a failure in it.
+        ValueError: if a file is malformed, or its images do not match the other file's.
+        OSError: if a file cannot be read, or Java is missing or fails.
     """
     predicted = _read_predictions(Path(predictions))
     captions = _read_references(Path(references))
     for place, image in enumerate(predicted):
         if image not in captions:
             raise ValueError(
-                f"{predictions}: [{place}] is for image {image!r}, which {references} does not have among its images; "
+                f"{predictions}: [{place}] is for image {image!r}, which is not among the images of {references}; "
                 "remove it, or give the references of the same split."
             )
         if not captions[image]:
@@ -46,7 +46,7 @@ def score_files(
                 f"{references}: image {image!r} has no annotation, but {predictions} has a prediction for it; "
                 "add a reference caption, or remove the prediction."
             )
-    # the references' order, as in COCO's evaluation
+    # in the order of the references, as in COCO's evaluation
     images = [image for image in captions if image in predicted]
     scored = caption_scores(
         [predicted[image] for image in images], [captions[image] for image in images], metrics or DEFAULT
@@ -57,7 +57,7 @@ def score_files(
         result["images_without_prediction"] = missing
         print(
             f"{missing} of the {len(captions)} images in {references} have no prediction in {predictions}; "
-            f"the scores are those of the other {len(images)}.",
+            f"only the other {len(images)} are scored.",
             file=sys.stderr,
         )
     result |= scored.scores
@@ -98,7 +98,7 @@ def _read_references(path: Path) -> dict[int | str, list[str]]:
         captions[identity] = []
     for place, entry in enumerate(content["annotations"]):
         image, caption = _captioned(entry, f"{path}: annotations[{place}]", _REFERENCES_FORM)
-        # a captions file cut down to fewer images may still have the annotations of all
+        # a reference file reduced to fewer images may still have the annotations of all
         if image in captions:
             captions[image].append(caption)
     return captions

@@ -1,4 +1,4 @@
-"""Images, questions, references and predictions side by side, as in Tables VIII and IX: a page and a picture."""
+"""Images, questions, references and predictions side by side, as in Tables VIII and IX: an HTML page and a PNG."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ from prefixvlm.processing.images_prefix_vlm import load_image
 from prefixvlm.train.evaluation.figures import save
 from prefixvlm.train.evaluation.tasks import Example, spread
 
-THUMBNAIL = 224  # pixels a side at most
+THUMBNAIL = 224  # maximum side in pixels
 SHOWN_REFERENCES = 3
 STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:62rem;color:#222}"
@@ -21,7 +21,7 @@ STYLE = (
 
 
 def refuse_without_matplotlib() -> None:
-    """Raises an ImportError that says what to install, so that this is not found out after the work."""
+    """Raises an ImportError that says what to install, before the long work starts."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -29,7 +29,7 @@ def refuse_without_matplotlib() -> None:
 
 
 def save_gallery(examples: list[Example], predictions: list[str], folder: Path, title: str, count: int = 12) -> list[Path]:
-    """Writes gallery.html, which needs no other file, and gallery.png; shows examples spread evenly over the test set.
+    """Writes a self-contained gallery.html and gallery.png of `count` examples, evenly spaced over the test set.
 
     Returns:
         The files.
@@ -83,6 +83,6 @@ def _draw(shown: list[tuple[Example, str]], title: str, path: Path) -> None:
         asked = [f"Q: {example.question.turns[-1][1]}"] if example.question.turns[-1][1] else []
         lines = [*asked, f"Reference: {example.references[0]}", f"Prediction: {prediction}"]
         text = "\n".join(line for text in lines for line in textwrap.wrap(text, 40)[:4])
-        axis.set_title(text, fontsize=9, loc="left", parse_math=False)  # a $ is a dollar
+        axis.set_title(text, fontsize=9, loc="left", parse_math=False)  # a $ is a dollar sign
     figure.suptitle(title, parse_math=False)
     save(figure, path)

@@ -1,8 +1,8 @@
-"""lmms-eval's tasks on a saved PrefixVLM: its own command line, with the model `prefixvlm` beside its models.
+"""Runs lmms-eval's tasks on a saved PrefixVLM: lmms-eval's own command line, with `prefixvlm` as one more model.
 
     python -m prefixvlm.train.evaluation.lmms_eval --model prefixvlm --model_args pretrained=FOLDER --tasks mme
 
-The model is the code and weights of the folder, through the Auto classes.
+The Auto classes load the folder's own code and weights.
 """
 
 from itertools import groupby
@@ -23,17 +23,17 @@ SAMPLING = ("temperature", "top_p", "top_k")
 
 
 class PrefixVLM(lmms):
-    """A saved folder, or a model on the Hub, that answers the requests of lmms-eval.
+    """A saved folder or a model on the Hub that answers lmms-eval's requests.
 
     Args:
         pretrained: folder or Hub id; its code is run.
         device: by default the first GPU, or the CPU.
-        batch_size: questions generated for at once.
-        dtype: in which to compute, `auto` for that of the checkpoint.
-        max_new_tokens: where an answer is cut if the task does not say.
+        batch_size: questions per batch.
+        dtype: of weights and activations; `auto` keeps the checkpoint's.
+        max_new_tokens: the limit for tasks that set none.
     """
 
-    is_simple = False  # a task hands over messages, which the chat template renders
+    is_simple = False  # tasks pass messages, which the chat template renders
 
     def __init__(self, pretrained: str, device: str | None = None, batch_size=1, dtype="auto", max_new_tokens: int = 256):
         super().__init__()
@@ -54,7 +54,7 @@ class PrefixVLM(lmms):
         def settings(index: int) -> str:
             return repr(requests[index].args[2])
 
-        # a batch has one set of settings, and questions of similar length, so that little is padding
+        # a batch shares its settings and holds questions of similar length, so that little of it is padding
         order = sorted(range(len(requests)), key=lambda index: (settings(index), len(requests[index].args[0])))
         answers = [""] * len(requests)
         with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
@@ -74,8 +74,8 @@ class PrefixVLM(lmms):
         return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
 
     def _generate(self, messages: list[list[dict]], until=None, do_sample: bool = True, **settings) -> list[str]:
-        """`settings` that transformers does not know, such as those of other models' images, are left out."""
-        # tasks ask for greedy answers by either of the two, and some name a temperature that then does not count
+        """Ignores `settings` that transformers does not know, such as other models' image options."""
+        # tasks ask for greedy decoding by either of the two, and some name a temperature that then has no effect
         do_sample = bool(do_sample and settings.get("temperature"))
         texts = generate_texts(
             self.model,
@@ -92,15 +92,15 @@ class PrefixVLM(lmms):
         return texts
 
     def loglikelihood(self, requests):
-        raise ValueError("Tasks that score given answers are not supported; choose one of the kind generate_until.")
+        raise ValueError("Tasks that score given answers are not supported; choose one of type generate_until.")
 
     def generate_until_multi_round(self, requests):
-        raise ValueError("Tasks of several rounds are not supported; choose one of the kind generate_until.")
+        raise ValueError("Multi-round tasks are not supported; choose one of type generate_until.")
 
 
 def register() -> None:
-    """Makes the model `prefixvlm` known to lmms-eval in this process."""
-    path = f"prefixvlm.train.evaluation.lmms_eval.{PrefixVLM.__name__}"  # not __main__, as it is where this file is run
+    """Registers the model `prefixvlm` with lmms-eval in this process."""
+    path = f"prefixvlm.train.evaluation.lmms_eval.{PrefixVLM.__name__}"  # __module__ is __main__ when this file is run
     MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, chat_class_path=path), overwrite=True)
 
 

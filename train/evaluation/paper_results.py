@@ -9,12 +9,12 @@ TABLE_VI = {
 
 
 def beside_the_paper(column: str | None, name: str, report: dict) -> str:
-    """Caption scores in percent with their intervals, beside the paper's where it has them.
+    """A table of caption scores in percent with their intervals, beside the paper's if it reports the data set.
 
     Args:
         column: of `TABLE_VI`, or `None` for a data set that is not in it.
-        name: how to head ours.
-        report: what metrics.json says.
+        name: heading of our column.
+        report: the contents of metrics.json.
     """
     published = TABLE_VI.get(column) if column else None
     heads = ["Metric", name, "95% interval", *(["paper, Table VI"] if published else [])]

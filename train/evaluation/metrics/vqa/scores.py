@@ -1,24 +1,26 @@
-"""Scores of answers to questions about images: what PathVQA, VQA-RAD and VQAv2 report.
+"""Scores of answers to questions about images, as reported on PathVQA, VQA-RAD and VQAv2.
 
-Normalised is an answer in lower case, each character that is neither letter, digit, underscore nor space made a space,
-and spaces collapsed; its tokens are what spaces part. A question is a yes/no question if its reference is normalised yes
-or no, else an open one. Of several answers to one question the most frequent normalised one is the reference (the first of
-equals). Over these the scores are, all in [0, 1]:
+An answer is normalised to lower case, with every character that is not a letter, digit, underscore or space replaced by a
+space, and spaces collapsed; its tokens are separated by spaces. If a question has several answers, the reference is the
+most frequent normalised one (ties: the first). A question is a yes/no question if its normalised reference is yes or no,
+else an open one. The scores, all in [0, 1]:
 
-- `yes_no`, over yes/no questions: the share answered exactly, normalised;
+- `yes_no`, over yes/no questions: the share answered exactly, after normalisation;
 - `open`, over open questions: the same;
 - `token_f1`, over open questions: the mean F1 of the tokens, repeats counted;
 - `recall`, over open questions: the mean share of the reference's tokens that the prediction has, repeats counted;
 - `bleu_1`, over open questions: corpus BLEU of single tokens with brevity penalty, without smoothing;
-- `overall`, over all questions: the share answered exactly, normalised;
-- `consensus`, over questions with more than one answer: VQA's own accuracy (Antol et al. 2015, and its evaluation code):
-  min(1, matches / 3), averaged over the sets that leave one answer out. Its normalisation is another: outer spaces go, and
-  where the answers are not all equal, also punctuation and articles, numbers up to ten become digits, and contractions get
-  their apostrophe.
+- `overall`, over all questions: the share answered exactly, after normalisation;
+- `consensus`, over questions with more than one answer: VQA's accuracy (Antol et al. 2015, and its evaluation code):
+  min(1, matches / 3), averaged over the subsets that leave one answer out. It has its own normalisation: outer spaces are
+  stripped and, unless all answers are equal, punctuation and articles are removed, numbers up to ten become digits, and
+  contractions get their apostrophe.
 
-An answer without tokens has F1 and recall 1 if both have none, else 0. Scores over no questions are left out.
+If prediction or reference has no tokens, F1 and recall are 1 if both have none, else 0. Scores over no questions are left
+out.
 
-This file stands alone, because evaluate copies it to its cache with the module beside it. Shapes: N questions.
+This file imports nothing from the package, because evaluate copies it to its cache with the module beside it.
+Shapes: N questions.
 """
 
 import math
@@ -35,18 +37,18 @@ _YES_NO, _EXACT, _F1, _RECALL, _MATCHES, _LENGTH, _REFERENCE_LENGTH, _CONSENSUS 
 
 @dataclass(frozen=True)
 class VqaScores:
-    """Scores, with what each question contributes to them.
+    """Scores, and what each question contributes to them.
 
     Attributes:
-        scores: the scores of the module's docstring, and how many `questions`, `yes_no_questions` and `open_questions`
-            there are; a count that would be 0 is left out.
+        scores: the scores in the module's docstring, and the numbers of `questions`, `yes_no_questions` and
+            `open_questions`; a number that would be 0 is left out.
     """
 
     scores: dict[str, float | int]
     _table: np.ndarray
 
     def resampled(self, indices: np.ndarray) -> dict[str, float | int]:
-        """The scores of the questions `indices` (integers in [0, N), repeats allowed, at least one)."""
+        """The scores of the questions at `indices` (integers in [0, N), repeats allowed, at least one)."""
         return _scores(self._table[indices])
 
 
@@ -55,14 +57,14 @@ def vqa_scores(predictions: Sequence[str], references: Sequence[str] | Sequence[
 
     Args:
         predictions: N answers.
-        references: for each question its answer, or the list of its answers.
+        references: for each question, its answer or a list of its answers.
 
     Raises:
-        ValueError: no questions, a question without an answer, or unequal numbers.
+        ValueError: for no questions, a question without an answer, or unequal numbers.
     """
     if len(predictions) != len(references):
         raise ValueError(
-            f"There are {len(predictions)} predictions for {len(references)} references; give each question one of both."
+            f"There are {len(predictions)} predictions for {len(references)} references; give each question one of each."
         )
     if len(predictions) == 0:
         raise ValueError("There are no questions to score; give at least one prediction and its reference.")
@@ -127,18 +129,18 @@ def _consensus(prediction: str, answers: Sequence[str]) -> float:
     if len(set(others)) > 1:
         said, *others = (_official(text) for text in (said, *others))
     agree = sum(other == said for other in others)
-    # leaving out an answer that agrees leaves one fewer to match
+    # leaving out an agreeing answer leaves one fewer to match
     return (agree * min(1, (agree - 1) / 3) + (len(others) - agree) * min(1, agree / 3)) / len(others)
 
 
 def _official(text: str) -> str:
-    """VQA's normalisation, peculiarities included, so that figures compare with published ones."""
+    """VQA's normalisation, quirks included, so that scores are comparable with published ones."""
     punctuated = text
     for mark in ';/[]"{}()=+\\_->' + "<@`,?!":
-        # a mark between spaces, or any mark beside a thousands' comma, leaves no space behind
+        # a mark that is next to a space somewhere is removed, and every mark if a comma stands between digits
         joined = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
         punctuated = punctuated.replace(mark, "" if joined else " ")
-    # the official pattern says (?!<=\d), which always holds, and re.UNICODE lands in the place of the count: 32
+    # the official pattern has (?!<=\d), which always holds, and passes re.UNICODE as the count, which is 32
     punctuated = re.sub(r"\.(?!\d)", "", punctuated, count=32)
     words = (_NUMBERS.get(word, word) for word in punctuated.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
@@ -149,7 +151,7 @@ _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIG
 
 
 def _contractions() -> dict[str, str]:
-    """Words that lack one apostrophe, and the same words with it."""
+    """Maps words that lack one apostrophe to the same words with it."""
     whole = (
         "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
         "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've "

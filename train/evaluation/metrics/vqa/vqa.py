@@ -1,4 +1,4 @@
-"""Scores of answers as a module for `evaluate`; `scores.py` beside it has the scores, without evaluate's imports."""
+"""Scores of answers as a module for `evaluate`; they are computed in `scores.py`, which does not import evaluate."""
 
 import datasets
 import evaluate

@@ -1,6 +1,7 @@
 """Where training samples come from: data sets by the name of their form, mixtures of them, at hand or streamed."""
 
 import hashlib
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -13,6 +14,7 @@ from prefixvlm.train.data import easy_vqa
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.forms import CaptionsForm, Form, KarpathyForm, LlavaForm, VqaForm
 from prefixvlm.train.data.rows import JsonRows, RowStream, TableRows, read_rows
+from prefixvlm.train.recipes.checking import did_you_mean, refuse_unknown_keys
 
 SHUFFLE_BUFFER = 1000  # samples a stream is shuffled among
 
@@ -27,7 +29,11 @@ def load(source: str, **options) -> "Samples | Mixture | Stream | MixedStream":
         ValueError: for an unknown source or option, or data that does not have the source's form.
     """
     if source not in SOURCES:
-        raise ValueError(f"There is no data source {source!r}; choose one of {', '.join(SOURCES)}.")
+        raise ValueError(f"There is no data source {source!r}; {did_you_mean(source, SOURCES)}")
+    try:
+        refuse_unknown_keys(options, inspect.signature(SOURCES[source]).parameters)
+    except ValueError as error:
+        raise ValueError(f"The data source {source}: {error}") from error
     try:
         samples = SOURCES[source](**options)
     except TypeError as error:
@@ -183,9 +189,11 @@ class MixedStream:
         return _digest(*(source.fingerprint for source in self.sources), str(self.weights))
 
 
-def llava(path: str, images: str | None = None, split: str = "train", streaming: bool = False, **options):
+def llava(
+    path: str, images: str | None = None, split: str = "train", streaming: bool = False, shuffle_buffer: int | None = None
+):
     """Rows of LLaVA's form; `read_rows` says what `path` may be. Images lie below `images`, by default beside `path`."""
-    return _samples(read_rows(path, split, streaming), LlavaForm(_image_folder(path, images)), **options)
+    return _samples(read_rows(path, split, streaming), LlavaForm(_image_folder(path, images)), shuffle_buffer)
 
 
 def vqa(
@@ -195,25 +203,30 @@ def vqa(
     streaming: bool = False,
     question: str = "question",
     answer: str = "answer",
-    **options,
+    shuffle_buffer: int | None = None,
 ):
     """Rows with a question and an answer; `question` and `answer` name their keys."""
     form = VqaForm(_image_folder(path, images), question, answer)
-    return _samples(read_rows(path, split, streaming), form, **options)
+    return _samples(read_rows(path, split, streaming), form, shuffle_buffer)
 
 
 def captions(
-    path: str, images: str | None = None, split: str = "train", streaming: bool = False, texts: str = "texts", **options
+    path: str,
+    images: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    texts: str = "texts",
+    shuffle_buffer: int | None = None,
 ):
     """Rows with an image and its texts; `texts` names their key."""
     form = CaptionsForm(_image_folder(path, images), texts)
-    return _samples(read_rows(path, split, streaming), form, **options)
+    return _samples(read_rows(path, split, streaming), form, shuffle_buffer)
 
 
-def karpathy(path: str, images: str, split: str = "train", **options):
+def karpathy(path: str, images: str, split: str = "train"):
     """Karpathy's splits of Flickr8k, Flickr30k and COCO: dataset_*.json, and the folder with the pictures."""
     rows = read_rows(path, split, field="images")
-    return _samples(rows, KarpathyForm(Path(images)), **options)
+    return Samples(rows, KarpathyForm(Path(images)))
 
 
 def mixture(parts: list[dict]):

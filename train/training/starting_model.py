@@ -65,9 +65,6 @@ def _shapes(recipe: ModelRecipe) -> dict:
 
 def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
     if isinstance(recipe.tokenizer, dict):
-        unknown = set(recipe.tokenizer) - {"vocab_size"}
-        if unknown:
-            raise ValueError(f"model.tokenizer: unknown key {', '.join(sorted(unknown))}; only vocab_size is known.")
         tokenizer = train_tokenizer(texts, **recipe.tokenizer)
     elif recipe.tokenizer:
         try:

@@ -298,6 +298,9 @@ def test_bad_sources(folder):
     for options, message in (
         ({"source": "coco"}, "no data source 'coco'"),
         ({"source": "llava"}, "wrong options"),
+        ({"source": "llaba"}, "no data source 'llaba'; did you mean 'llava'?"),
+        ({"source": "llava", "path": good, "imges": "."}, "unknown key imges; did you mean 'images'?"),
+        ({"source": "karpathy", "path": good, "images": ".", "streaming": True}, "unknown key streaming"),
         ({"source": "llava", "path": "nowhere.json"}, "there is no such file"),
         ({"source": "llava", "path": str(folder / "bad.json")}, "is not valid JSON"),
         ({"source": "llava", "path": write_rows(folder, {"a": 1}, "object.json")}, "expected a list of objects"),

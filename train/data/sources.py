@@ -226,7 +226,7 @@ def captions(
 def karpathy(path: str, images: str, split: str = "train"):
     """Karpathy's splits of Flickr8k, Flickr30k and COCO: dataset_*.json, and the folder with the pictures."""
     rows = read_rows(path, split, field="images")
-    return Samples(rows, KarpathyForm(Path(images)))
+    return _samples(rows, KarpathyForm(Path(images)), None)
 
 
 def mixture(parts: list[dict]):

@@ -78,7 +78,7 @@ def prepare_coco(source: Path, folder: Path) -> None:
 
 
 def prepare_texts(source: Path, folder: Path) -> None:
-    """Prepares human and machine texts side by side; of COCO, odd rows are for training a decoder, even ones for testing."""
+    """Prepares human and machine texts side by side; of COCO, odd rows train a decoder and even ones test it."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"human": row["human"], "machine": [text for text in row["machine"].values() if text]}

@@ -7,17 +7,17 @@ import numpy as np
 from evidence import studies
 from evidence.results import ARM_NAMES, DECODER_NAMES, MASKS, Results
 from evidence.statistics import mean
-from prefixvlm.train.evaluation.figures import save
+from prefixvlm.train.evaluation.figures import panels
 
 
 def draw(found: Results, folder: Path) -> None:
-    """Writes those figures whose studies were run."""
-    panels = {"easy": ("overall_accuracy", "easy-VQA, accuracy %"), "pairs": ("overall_accuracy", "two images, accuracy %")}
+    """Writes the figures of those studies that were run."""
+    scores = {"easy": ("overall_accuracy", "easy-VQA, accuracy %"), "pairs": ("overall_accuracy", "two images, accuracy %")}
     if found.has("ucm"):
-        panels["ucm"] = ("CIDEr", "UCM captions, CIDEr")
+        scores["ucm"] = ("CIDEr", "UCM captions, CIDEr")
     masks = [
         (title, {mode: found.values(f"{study}/{mode}", key) for mode in MASKS[study]})
-        for study, (key, title) in panels.items()
+        for study, (key, title) in scores.items()
     ]
     _bar_panels(masks, folder / "masks.png")
     if not found.has("ucm"):
@@ -34,76 +34,64 @@ def draw(found: Results, folder: Path) -> None:
     _noise_curves(found, folder / "noise.png")
 
 
-def _bar_panels(panels: list[tuple[str, dict[str, list[float]]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axis, (title, arms) in zip(axes[0], panels, strict=True):
-        for place, values in enumerate(arms.values()):
-            average = mean(values)
-            errors = [[average.value - average.low], [average.high - average.value]]
-            axis.bar(place, average.value, color="#2a9d8f", alpha=0.6, yerr=errors, capsize=4)
-            axis.plot([place] * len(values), values, "k.", markersize=4)
-        axis.set_xticks(range(len(arms)), arms, rotation=15 if len(arms) > 3 else 0, fontsize=8)
-        axis.set_ylim(bottom=max(0.0, 0.8 * min(min(values) for values in arms.values())))
-        axis.set_title(f"{title}\n(axis cut; dots are seeds)", fontsize=9)
-    save(figure, path)
+def _bar_panels(scores: list[tuple[str, dict[str, list[float]]]], path: Path) -> None:
+    with panels(path, len(scores), 4.4, 3.4) as axes:
+        for axis, (title, arms) in zip(axes, scores, strict=True):
+            for place, values in enumerate(arms.values()):
+                average = mean(values)
+                errors = [[average.value - average.low], [average.high - average.value]]
+                axis.bar(place, average.value, color="#2a9d8f", alpha=0.6, yerr=errors, capsize=4)
+                axis.plot([place] * len(values), values, "k.", markersize=4)
+            axis.set_xticks(range(len(arms)), arms, rotation=15 if len(arms) > 3 else 0, fontsize=8)
+            axis.set_ylim(bottom=max(0.0, 0.8 * min(min(values) for values in arms.values())))
+            axis.set_title(f"{title}\n(axis cut; dots are seeds)", fontsize=9)
 
 
 def _curves(arms: dict[str, list[dict]], numbers: tuple[str, ...], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(numbers), figsize=(3.8 * len(numbers), 3.2), squeeze=False, layout="constrained")
-    for axis, number in zip(axes[0], numbers, strict=True):
-        for name, runs in arms.items():
-            steps = [entry["step"] for entry in runs[0]["losses"][number]]
-            losses = np.array([[entry["loss"] for entry in run["losses"][number]] for run in runs])
-            (line,) = axis.plot(steps, losses.mean(axis=0), label=name, linewidth=1.2)
-            axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=line.get_color())
-        axis.set_title(f"stage {number}")
-        axis.set_xlabel("step")
-        axis.set_ylabel("cross-entropy")
-        axis.legend()
-    save(figure, path)
+    with panels(path, len(numbers), 3.8, 3.2) as axes:
+        for axis, number in zip(axes, numbers, strict=True):
+            for name, runs in arms.items():
+                steps = [entry["step"] for entry in runs[0]["losses"][number]]
+                losses = np.array([[entry["loss"] for entry in run["losses"][number]] for run in runs])
+                (line,) = axis.plot(steps, losses.mean(axis=0), label=name, linewidth=1.2)
+                axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), alpha=0.2, color=line.get_color())
+            axis.set_title(f"stage {number}")
+            axis.set_xlabel("step")
+            axis.set_ylabel("cross-entropy")
+            axis.legend()
 
 
 def _text_points(found: Results, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     rows = [
         (f"{name}\n({DECODER_NAMES[decoder]})", report["sets"])
         for decoder in studies.DECODERS
         for name, report in found.all[f"texts/{decoder}"]["reports"].items()
     ]
-    figure, axis = plt.subplots(figsize=(7, 0.6 * len(rows) + 1), layout="constrained")
-    for place, (_, sets) in enumerate(rows):
-        for writer, color, offset in (("human", "#6a4c93", 0.12), ("machine", "#e76f8a", -0.12)):
-            low, high = sets[writer]["loss_interval"]
-            axis.plot([low, high], [place + offset] * 2, color=color, linewidth=2)
-            axis.plot(sets[writer]["loss"], place + offset, "o", color=color, label=None if place else writer)
-    axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-    axis.set_xlabel("nats per token")
-    axis.legend()
-    save(figure, path)
+    with panels(path, 1, 7, 0.6 * len(rows) + 1) as (axis,):
+        for place, (_, sets) in enumerate(rows):
+            for writer, color, offset in (("human", "#6a4c93", 0.12), ("machine", "#e76f8a", -0.12)):
+                low, high = sets[writer]["loss_interval"]
+                axis.plot([low, high], [place + offset] * 2, color=color, linewidth=2)
+                axis.plot(sets[writer]["loss"], place + offset, "o", color=color, label=None if place else writer)
+        axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+        axis.set_xlabel("nats per token")
+        axis.legend()
 
 
 def _noise_curves(found: Results, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, trained in zip(axes, ("projector", "everything"), strict=True):
-        for level in studies.NOISES:
-            runs = found.arm(f"noise/{trained}/{level}")
-            color = None
-            for key, style in (("loss_clean", "-"), ("loss_noised", ":")):
-                if not level and key == "loss_noised":
-                    continue
-                points = [(e["step"], e.get(key, e["loss"])) for e in runs[0]["losses"]["0"]]
-                label = f"{100 * level:.0f}% noise, {'targets in the input' if style == '-' else 'targets that are noise'}"
-                (line,) = axis.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
-                color = line.get_color()
-        axis.set_title(f"trained: {trained} (seed 0)")
-        axis.set_xlabel("step")
-    axes[0].set_ylabel("training loss of stage 0")
-    axes[1].legend(fontsize=7)
-    save(figure, path)
+    with panels(path, 2, 4.5, 3.4, sharey=True) as axes:
+        for axis, trained in zip(axes, ("projector", "everything"), strict=True):
+            for level in studies.NOISES:
+                history = found.arm(f"noise/{trained}/{level}")[0]["losses"]["0"]
+                color = None
+                # without noise only the targets in the input have a loss
+                kinds = {"loss_clean": ("-", "targets in the input"), "loss_noised": (":", "targets that are noise")}
+                for key, (style, targets) in list(kinds.items())[: 2 if level else 1]:
+                    points = [(entry["step"], entry.get(key, entry["loss"])) for entry in history]
+                    label = f"{100 * level:.0f}% noise, {targets}"
+                    (line,) = axis.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.2)
+                    color = line.get_color()
+            axis.set_title(f"trained: {trained} (seed 0)")
+            axis.set_xlabel("step")
+        axes[0].set_ylabel("training loss of stage 0")
+        axes[1].legend(fontsize=7)

@@ -2,7 +2,7 @@
 
     python -m evidence.report
 
-fills the page's marked places anew from docs/evidence/results.json. The figures need the loss curves as well, which only
+fills in the page's marked places again from docs/evidence/results.json. The figures also need the loss curves, which only
 `make evidence` has.
 """
 
@@ -21,19 +21,15 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "EVIDENCE.md"
 MARK, END = "<!-- table: {} -->", "<!-- /table -->"
 OPENED = re.compile(MARK.format(r"(\S+)"))
 PLACE = re.compile(f"{OPENED.pattern}(.*?){END}", re.DOTALL)
-ACCURACIES = {
-    "overall_accuracy": "accuracy, %",
-    "yes_no_accuracy": "yes/no, %",
-    "open_accuracy": "colours and shapes, %",
-}
+ACCURACIES = {"overall_accuracy": "accuracy, %", "yes_no_accuracy": "yes/no, %", "open_accuracy": "colours and shapes, %"}
 CAPTION_SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "class_accuracy": "class named, %"}
 
 
 def write(results: dict[str, dict], page: Path) -> None:
-    """Fills the page's places, and writes results.json and the figures into the folder `evidence/` beside it.
+    """Fills in the page, and writes results.json and the figures into the folder `evidence/` beside it.
 
     Args:
-        results: of all jobs by name, and under `run` how they came about (`_run` lists what that says).
+        results: of all jobs by name, and under `run` the command, time, machine and versions.
 
     Raises:
         ValueError: as `check`.
@@ -47,25 +43,26 @@ def write(results: dict[str, dict], page: Path) -> None:
 
 
 def fill(page: Path, found: Results) -> None:
-    """Puts every table into its place; all else on the page stays as it is.
+    """Puts every table into its place and leaves the rest of the page as it is.
 
     Raises:
         ValueError: as `check`.
     """
 
     def filled(place: re.Match) -> str:
-        study, table = TABLES[place[1]]
-        body = table(found) if study is None or found.has(study) else "Not run: this needs `--data`."
-        return f"{MARK.format(place[1])}\n\n{body}\n\n{END}"
+        study, table, figure = TABLES[place[1]]
+        is_run = study is None or found.has(study)
+        parts = [table(found), figure] if is_run else ["Not run: this needs `--data`."]
+        return "\n\n".join([MARK.format(place[1]), *filter(None, parts), END])
 
     page.write_text(PLACE.sub(filled, check(page)), encoding="utf-8")
 
 
 def check(page: Path) -> str:
-    """The text of a page that has one place for each table: `<!-- table: NAME -->`, and after it `<!-- /table -->`.
+    """The text of a page with one place per table: `<!-- table: NAME -->`, and after it `<!-- /table -->`.
 
     Raises:
-        ValueError: if there is no page, or a place is missing, unknown, there twice, or not closed, saying which.
+        ValueError: if there is no page, or a place is missing, unknown, repeated or not closed, saying which.
     """
     if not page.is_file():
         raise ValueError(f"There is no page {page}; write one that marks the tables' places as docs/EVIDENCE.md does.")
@@ -79,7 +76,7 @@ def check(page: Path) -> str:
             count = "several places" if name in opened else "no place"
             raise ValueError(f"{page} has {count} for the table {name!r}; give it one: {MARK.format(name)} and {END}.")
         if name not in closed:
-            raise ValueError(f"{page}: the place of the table {name!r} has no end; close it by {END}.")
+            raise ValueError(f"{page}: the place of the table {name!r} has no end; close it with {END}.")
     return text
 
 
@@ -124,10 +121,7 @@ def _masks(found: Results) -> str:
     }
     apart = {name: _masks_apart(found, *score) for name, score in scores.items() if found.has(score[0])}
     rows = [[name, str(one), _verdict(one)] for name, one in apart.items()]
-    return (
-        markdown_table(["score", "prefix - causal", "the claim"], rows)
-        + "\n\n![accuracy and CIDEr by mask](evidence/masks.png)"
-    )
+    return markdown_table(["score", "prefix - causal", "the claim"], rows)
 
 
 def _stages(found: Results) -> str:
@@ -140,7 +134,7 @@ def _stages(found: Results) -> str:
         compared = ["", ""] if arm == "prefix" else [str(apart), _verdict(apart)]
         rows.append([name, steps, operations, *scores, *compared])
     heads = ["arm", "steps of each stage", "TFLOP", "CIDEr", "class named, %", "all four stages - this, CIDEr", "the claim"]
-    return markdown_table(heads, rows) + "\n\n![CIDEr by stages](evidence/stages.png)"
+    return markdown_table(heads, rows)
 
 
 def _texts(found: Results) -> str:
@@ -150,7 +144,7 @@ def _texts(found: Results) -> str:
             (pair,) = report["pairs"]
             human, machine = (report["sets"][writer] for writer in ("human", "machine"))
             low, high = pair["difference_interval"]
-            sign = "lower" if pair["difference"] < 0 else "higher"
+            shown = "lower" if pair["difference"] < 0 else "higher"
             rows.append(
                 [
                     DECODER_NAMES[decoder],
@@ -160,14 +154,14 @@ def _texts(found: Results) -> str:
                     f"{machine['loss']:.3f}",
                     f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
                     f"{pair['p_value']:.4f}",
-                    f"**{sign}**" if pair["p_value"] < 0.05 else "**not shown to differ**",
+                    f"**{shown}**" if pair["p_value"] < 0.05 else "**not shown to differ**",
                     f"{100 * pair['share_lower']:.0f}%",
                     f"{human['loss_per_character']:.3f} / {machine['loss_per_character']:.3f}",
                 ]
             )
     heads = ["decoder trained on", "texts", "pairs", "human", "machine", "machine - human", "p", "machine's loss"]
     heads += ["machine lower in", "nats per character, human / machine"]
-    return markdown_table(heads, rows) + "\n\n![losses on texts](evidence/text_loss.png)"
+    return markdown_table(heads, rows)
 
 
 def _convergence(found: Results) -> str:
@@ -177,7 +171,7 @@ def _convergence(found: Results) -> str:
     apart = difference(losses["human"][1], losses["machine"][1])
     rows.append(["human - machine", "", str(apart), _verdict(apart)])
     heads = ["captions by", "loss at the first log", "loss over the last 20 steps", "the claim"]
-    return markdown_table(heads, rows) + "\n\n![convergence](evidence/convergence.png)"
+    return markdown_table(heads, rows)
 
 
 def _noise(found: Results) -> str:
@@ -198,30 +192,29 @@ def _short_cut(found: Results) -> str:
         verdict = _verdict(apart, "the short-cut appears", "the opposite of a short-cut appears")
         rows.append([name, str(mean(without)), str(mean(with_noise)), str(apart), verdict])
     heads = ["trained", "without noise", "with 20% noise", "difference", "verdict"]
-    return markdown_table(heads, rows) + "\n\n![losses in stage 0](evidence/noise.png)"
+    return markdown_table(heads, rows)
 
 
 def _price_of_hiding(found: Results, trained: str, level: float) -> list[float]:
     """For each seed, the loss on targets that are noise in the input minus that on targets that can be seen there."""
     study = f"noise/{trained}/{level}"
-    pairs = zip(found.values(study, "target_noised"), found.values(study, "target_visible"), strict=True)
-    return [hidden - visible for hidden, visible in pairs]
+    return np.subtract(found.values(study, "target_noised"), found.values(study, "target_visible")).tolist()
 
 
-# each table by its name on the page: the study without which there is none, and what makes it
+# by its name on the page, each table: the study that it needs, what makes it, and the figure below it
 TABLES = {
-    "run": (None, _run),
-    "same-weights": ("easy", _same_weights),
-    "easy-vqa": ("easy", lambda found: _by_mask(found, "easy", ACCURACIES)),
-    "two-images": ("pairs", lambda found: _by_mask(found, "pairs", ACCURACIES)),
-    "ucm-captions": ("ucm", lambda found: _by_mask(found, "ucm", CAPTION_SCORES)),
-    "masks": ("easy", _masks),
-    "losses": ("ucm", lambda found: "![training losses](evidence/losses.png)"),
-    "stages": ("ucm", _stages),
-    "texts": ("texts", _texts),
-    "convergence": ("coco", _convergence),
-    "noise": ("noise", _noise),
-    "short-cut": ("noise", _short_cut),
+    "run": (None, _run, ""),
+    "same-weights": ("easy", _same_weights, ""),
+    "easy-vqa": ("easy", lambda found: _by_mask(found, "easy", ACCURACIES), ""),
+    "two-images": ("pairs", lambda found: _by_mask(found, "pairs", ACCURACIES), ""),
+    "ucm-captions": ("ucm", lambda found: _by_mask(found, "ucm", CAPTION_SCORES), ""),
+    "masks": ("easy", _masks, "![accuracy and CIDEr by mask](evidence/masks.png)"),
+    "losses": ("ucm", lambda found: "", "![training losses](evidence/losses.png)"),
+    "stages": ("ucm", _stages, "![CIDEr by stages](evidence/stages.png)"),
+    "texts": ("texts", _texts, "![losses on texts](evidence/text_loss.png)"),
+    "convergence": ("coco", _convergence, "![convergence](evidence/convergence.png)"),
+    "noise": ("noise", _noise, ""),
+    "short-cut": ("noise", _short_cut, "![losses in stage 0](evidence/noise.png)"),
 }
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ NOT_IMPORTED = {
     "jinja2": "transformers renders chat templates with it",
     "safetensors": "transformers reads and writes weights with it",
 }
+TOOLS = {
+    "mypy": "`make lint` checks types with it",
+    "pytest-xdist": "`make test` runs processes side by side with it",
+    "ruff": "`make lint` checks style with it",
+    "tensorboard": "what `report_to: tensorboard` of a recipe writes for",
+    "trl": "tests/optional/test_trl.py is skipped without it, by importorskip",
+}
 NOT_DECLARED = {
     "bitsandbytes": "only for QLoRA, on GPUs; inference/loading.py says what to install",
     "lmms_eval": "train/evaluation/lmms_eval.py is loaded by lmms-eval itself",
@@ -84,6 +91,11 @@ def test_what_is_declared_is_imported():
     declared = set().union(*(NEEDS[extra] for extra in ("base", *EXTRAS)))
     assert declared - imported == NOT_IMPORTED.keys()
     assert NOT_DECLARED.keys() <= imported - declared
+
+
+def test_the_tools_of_developers_are_imported_by_tests_or_have_a_reason():
+    tests = {name for path in (ROOT / "tests").rglob("*.py") for name, _ in imports(path.read_text())}
+    assert NEEDS["dev"] - NEEDS["base"] - NEEDS["eval"] - tests == TOOLS.keys()
 
 
 def test_the_command_line_knows_what_each_extra_brings():

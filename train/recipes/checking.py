@@ -1,7 +1,7 @@
 """How settings are checked: the types they are made of, and one sentence for whatever does not fit.
 
-pydantic does the checking. Types are strict (`true` is no number, 4.0 is no whole number), numbers are finite, and a key
-that no field has is an error.
+pydantic does the checking. Types are strict (`true` is not a number, 4.0 is not a whole number), numbers are finite, and a
+key that no field has is an error.
 """
 
 import difflib
@@ -11,7 +11,16 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_assignment=True)
 FEW = 3  # names that are all told
@@ -68,7 +77,9 @@ class SettingsError(ValueError):
         for one in error.errors():
             cause = one.get("ctx", {}).get("error")
             inner = cause.errors if isinstance(cause, SettingsError) else [((), _sentence(one))]
-            self.errors += [(one["loc"] + path, sentence) for path, sentence in inner]
+            # pydantic puts a key that is wrong itself, and a mark of that, behind the path of its mapping
+            place = one["loc"][:-2] if one["loc"][-1:] == ("[key]",) else one["loc"]
+            self.errors += [(place + path, sentence) for path, sentence in inner]
         super().__init__(self.sentence())
 
     def sentence(self, where: str = "", name: Callable[[tuple], str] = lambda path: ".".join(map(str, path))) -> str:
@@ -85,6 +96,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
     kind, value, context = error["type"], reprlib.repr(error["input"]), error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
+    if error["loc"][-1:] == ("[key]",):
+        return f"has the key {value}; keys must be text."
     if kind == "missing":
         return "is missing."
     if kind in ("dict_type", "model_type"):
@@ -117,12 +130,19 @@ class Checked(BaseModel):
         except ValidationError as error:
             raise SettingsError(error) from None
 
-    @model_validator(mode="before")
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_unknown_keys([name], type(self).model_fields)
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise SettingsError(error) from None
+
+    @model_validator(mode="wrap")  # before `__init__` is given the keys as names of arguments, which must be text
     @classmethod
-    def _no_unknown_keys(cls, values: Any) -> Any:
+    def _no_unknown_keys(cls, values: Any, check: ModelWrapValidatorHandler["Checked"]) -> "Checked":
         if isinstance(values, dict):
             refuse_unknown_keys(values, cls.model_fields)
-        return values
+        return check(values)
 
 
 def refuse_unknown_keys(keys: Iterable, known: Iterable[str]) -> None:

@@ -72,7 +72,7 @@ class EvaluationRecipe(EvaluationSettings):
     """Evaluation in the middle of training.
 
     Attributes:
-        every_steps: it happens every so many optimiser steps.
+        every_steps: evaluate every N optimiser steps.
         examples: how many of the test set's are asked, spread evenly and always the same.
     """
 
@@ -88,7 +88,7 @@ class EvaluationRun(EvaluationSettings):
         output: the folder that gets predictions, metrics and a gallery.
         dtype: of the weights.
         int8: read the decoder's weights as 8-bit integers.
-        limit: ask only so many of the examples, spread evenly; `None` for all.
+        limit: ask only N examples, spread evenly over the set; `None` for all.
         table: print Table VI's layout, with the paper's row beside ours.
     """
 

@@ -141,9 +141,9 @@ class StageRecipe(Checked):
         stage: the stage itself: the paper's, with the fields changed that stand beside these keys in the file.
         device_batch_size: samples a device takes at once; the rest of `stage.batch_size` is accumulated.
         augment: mirror and turn images at random.
-        max_steps: stop after so many optimiser steps; -1 for whole epochs. A stream needs it.
+        max_steps: stop after N optimiser steps; -1 for whole epochs. A stream needs it.
         group_by_length: put samples of similar length into the same batch.
-        max_tokens_per_row: pack the samples of a device batch into rows of at most so many tokens; 0 for one sample a row.
+        max_tokens_per_row: pack the samples of a device batch into rows of at most N tokens; 0 for one sample per row.
         max_length: samples with more tokens are not trained on, but reported; `None` for no limit.
         expected_rows: what a dry run reckons with where the data cannot be read.
         evaluation: generation on part of a test set every N steps; `None` for none.
@@ -199,13 +199,13 @@ class Recipe(Checked):
         bf16: train in bfloat16 autocast; off on machines without it.
         gradient_checkpointing: trade time for memory.
         workers: processes that prepare batches; 0 for none beside the training itself.
-        save_steps: write a checkpoint every so many steps; 0 for none.
-        keep_checkpoints: the newest so many stay; the one before the last is there in case the last is damaged.
+        save_steps: write a checkpoint every N optimiser steps; 0 for none.
+        keep_checkpoints: how many of the newest checkpoints stay; at least 2, in case the last one is damaged.
         max_skipped: the run stops if a larger share of the samples cannot be used.
-        feature_cache_gb: keep what the frozen encoder of stages 0 and 1 says of each image on disk, up to so many
-            gigabytes; 0 for none.
+        feature_cache_gb: size limit, in gigabytes, of the disk cache of image features from the frozen encoder of stages 0
+            and 1; 0 for no cache.
         lora: adapters to train in place of whole weights.
-        logging_steps: log every so many steps.
+        logging_steps: log every N optimiser steps.
         report_to: `none` or `tensorboard`.
     """
 
@@ -288,9 +288,9 @@ def parse_recipe(values: dict, where: str = "recipe") -> Recipe:
             )
     parsed = {number: _stage_values(number, stages[number], where) for number in sorted(stages)}
     try:
-        return Recipe(**{**values, "stages": parsed})
-    except SettingsError as error:
-        raise ValueError(error.sentence(where)) from error
+        return Recipe.model_validate({**values, "stages": parsed})
+    except ValidationError as error:
+        raise ValueError(SettingsError(error).sentence(where)) from error
 
 
 def _stage_values(number: int, settings: object, where: str) -> dict:
@@ -324,5 +324,5 @@ def _override(values: dict, override: str) -> None:
             values[part] = {}
         values = values[part]
         if not isinstance(values, dict):
-            raise ValueError(f"The override {override!r} goes through {part}, which is no mapping.")
+            raise ValueError(f"The override {override!r} goes through {part}, which is not a mapping.")
     values[last] = value

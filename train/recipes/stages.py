@@ -26,7 +26,7 @@ class Stage:
         warmup: share of the steps in which the rates rise from 0; the paper names none.
         min_lr: where the cosine of every parameter group ends.
         weight_decay, beta1, beta2: of AdamW.
-        max_grad_norm: gradients are clipped to it; the paper clips, but does not say at what norm.
+        max_grad_norm: gradients are clipped to it, 0 for no clipping; the paper clips, but does not say at what norm.
     """
 
     number: Annotated[int, Field(ge=0, le=3)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixvlm.inference.loading import DTYPES, QUANTIZED
-from prefixvlm.train.recipes.checking import Dtype
+from prefixvlm.train.recipes.checking import Dtype, SettingsError
 from prefixvlm.train.recipes.schema import (
     MIN_VOCAB_SIZE,
     STAGE_KEYS,
@@ -212,6 +212,11 @@ NAN, INFINITE = "it must be a finite number", (math.nan, math.inf, -math.inf)
         (("stages", 2, "beta1"), 1, "less than 1"),
         (("stages", 2, "beta2"), -0.1, "at least 0"),
         (("stages", 2, "max_grad_norm"), -1, "at least 0"),
+        (("stages", 2, "evaluation"), {"task": "easyvqa", "every_steps": 1}, "did you mean 'easy_vqa'?"),
+        *(
+            (("stages", 2, "evaluation"), {"task": "easy_vqa", "every_steps": 1, key: 0}, f"evaluation.{key} is 0; it must")
+            for key in ("every_steps", "examples", "num_beams", "max_new_tokens", "batch_size")
+        ),
     ],
 )
 def test_no_value_out_of_range_passes(path, value, says):
@@ -239,6 +244,21 @@ def test_unknown_keys_are_told_what_may_be_meant(path, key, meant):
         parse_recipe(placed((*path, key), 1))
 
 
+@pytest.mark.parametrize("key", [5, 1.5, True, None])
+@pytest.mark.parametrize("place", [(), ("model",), ("lora",), ("stages", 2), ("stages", 2, "evaluation")])
+def test_a_key_that_is_not_text_is_unknown(place, key):
+    where = ".".join(map(str, ("my.yaml", *place))).replace("my.yaml.", "my.yaml: ")
+    with pytest.raises(ValueError, match=rf"^{where}: unknown key {key}; choose one of"):
+        parse_recipe(placed((*place, key), 1), "my.yaml")
+
+
+@pytest.mark.parametrize("place", [("model", "config"), ("stages", 2, "data")])
+def test_keys_of_what_others_read_are_text(place):
+    where = ".".join(map(str, place))
+    with pytest.raises(ValueError, match=rf"^my\.yaml: {where} has the key 5; keys must be text\.$"):
+        parse_recipe(placed((*place, 5), 1), "my.yaml")
+
+
 def test_recipe_names_are_told_too():
     with pytest.raises(ValueError, match="did you mean 'pathvqa'"):
         load_recipe("pathvqua")
@@ -258,6 +278,7 @@ def test_a_key_that_is_there_twice_is_refused(text, tmp_path):
         ("stages.2.projector_lr=.nan", "stages.2.projector_lr is nan"),
         ("stages.2.max_steps=0", "stages.2.max_steps is 0"),
         ("stages.²=1", "unknown|stages has the key"),
+        ("5=1", "unknown key 5"),
     ],
 )
 def test_overrides_are_checked_like_the_file(override, says, tmp_path):
@@ -281,8 +302,11 @@ def test_options_are_checked_like_the_file(tmp_path):
 
 def test_a_value_that_is_set_later_is_checked_too():
     recipe = parse_recipe(MINIMAL)
-    with pytest.raises(ValueError, match="workers"):
+    with pytest.raises(SettingsError, match=r"^workers is -1; it must be at least 0\.$"):
         recipe.workers = -1
+    with pytest.raises(ValueError, match=r"^unknown key worker; did you mean 'workers'\?$"):
+        recipe.worker = 1
+    assert recipe.workers == 0
 
 
 def test_names_are_those_of_what_reads_them():

@@ -79,7 +79,7 @@ def needs_rope_theta() -> bool:
 
 
 def _readable_text_config(values: dict) -> dict:
-    """A text configuration saved by transformers 5 as 4.x reads it: otherwise 4.x silently falls back to theta 10,000."""
+    """A text configuration saved by transformers 5 in 4.x's form; without this, 4.x silently falls back to theta 10,000."""
     rope = values.get("rope_parameters")
     if rope is None or not needs_rope_theta():
         return values
@@ -87,7 +87,7 @@ def _readable_text_config(values: dict) -> dict:
     rope = dict(rope)
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(
-            "This decoder rotates its layers in several ways, which only transformers 5 can read; upgrade to it."
+            "This decoder has different rotary embeddings in its layers, which only transformers 5 can read; upgrade to it."
         )
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in rope:
@@ -104,7 +104,7 @@ def _sub_config(values, default_class, defaults):
     values = dict(values)
     model_type = values.pop("model_type", default_class.model_type)
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"transformers knows no model of type {model_type!r}; the backbones must be its own classes.")
+        raise ValueError(f"transformers knows no model of type {model_type!r}; backbones must be classes of transformers.")
     return CONFIG_MAPPING[model_type](**values)
 
 
@@ -122,7 +122,7 @@ class PrefixVLMConfig(PretrainedConfig):
         projector_hidden_size: width between the projector's two layers; `None` takes the text width.
         projector_hidden_act: activation between them.
         image_token_id: the token that stands for one image feature in `input_ids`.
-        tie_word_embeddings: whether the language head shares its weights with the embeddings; `None` asks `text_config`.
+        tie_word_embeddings: whether the language head shares its weights with the embeddings; `None` follows `text_config`.
 
     Raises:
         ValueError: for an unknown attention mode or backbone type.
@@ -145,7 +145,7 @@ class PrefixVLMConfig(PretrainedConfig):
     ):
         if attention_mode not in ATTENTION_MODES:
             raise ValueError(f"attention_mode is {attention_mode!r}; choose one of {', '.join(ATTENTION_MODES)}.")
-        # sub-configurations first: the base class hands settings such as attn_implementation down to them
+        # sub-configurations first: the base class passes settings such as attn_implementation on to them
         if isinstance(text_config, dict):
             text_config = _readable_text_config(text_config)
         self.vision_config = _sub_config(vision_config, SiglipVisionConfig, PAPER_VISION)
@@ -171,7 +171,7 @@ class PrefixVLMConfig(PretrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """P, how many tokens one image takes in the sequence: one a patch (256 for 224 pixels and patches of 14)."""
+        """P, how many tokens one image takes in the sequence: one per patch (256 for 224 pixels and patches of 14)."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
 

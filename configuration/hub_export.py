@@ -18,12 +18,12 @@ ENTRY_MODULES = (
     "modeling_vlm.modeling_prefix_vlm",
     "processing.processing_prefix_vlm",
 )
-# a sentence of the card that transformers' push_to_hub makes up for a repository without one
+# a sentence of the card that transformers' push_to_hub generates for a repository without one
 EMPTY_CARD = "This model card has been automatically generated."
 
 
 def export(model, folder) -> None:
-    """Writes code and README.md for a saved model; a README.md that somebody wrote is left alone."""
+    """Writes code and README.md for a saved model; a README.md written by hand is kept."""
     export_code(folder)
     card = Path(folder, "README.md")
     if not card.exists() or EMPTY_CARD in card.read_text(encoding="utf-8"):

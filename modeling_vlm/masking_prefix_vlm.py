@@ -1,4 +1,4 @@
-"""Who may see whom: the one rule behind every attention mask.
+"""Who may attend to whom: the one rule behind every attention mask.
 
 Shapes: B batch, T tokens, Q query positions, K key positions, P image tokens.
 """
@@ -7,13 +7,13 @@ import torch
 
 
 def image_index(is_image: torch.Tensor, num_image_tokens: int) -> torch.Tensor:
-    """The number, from 1, of the image each position belongs to; 0 for text.
+    """The number, from 1, of the image that each position belongs to; 0 for text.
 
-    Images are told apart by counting, since two images may stand side by side.
+    Images are separated by counting, since two images may be adjacent.
 
     Args:
         is_image: (B, T) bool.
-        num_image_tokens: P, positions one image takes.
+        num_image_tokens: P, positions per image.
     """
     count = is_image.long().cumsum(dim=-1)
     return torch.where(is_image, (count - 1) // num_image_tokens + 1, 0)
@@ -27,9 +27,9 @@ def attention_mask_4d(
     query_length: int | None = None,
     document_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The mask of all modes, True where a query may attend to a key (arXiv 2503.19508, Fig. 3 and 6).
+    """The mask of every mode, True where a query may attend to a key (arXiv 2503.19508, Fig. 3 and 6).
 
-    With one image of two tokens before three words (rows ask, columns answer):
+    With one image of two tokens before three words (rows are queries, columns are keys):
 
         causal      prefix      prefix_all_images   bidirectional
         x . . . .   x x . . .   as prefix; with a   x x x x x
@@ -38,16 +38,16 @@ def attention_mask_4d(
         x x x x .   x x x x .   even the earlier    x x x x x
         x x x x x   x x x x x   ones                x x x x x
 
-    Padding is taken away after the image is opened, so no mode can bring it back. A padding query sees itself alone,
-    which keeps its softmax finite; nobody reads the result.
+    Padding is masked after the image is unmasked, so no mode can bring it back. A padding query sees only itself, which
+    keeps its softmax finite; its output is never used.
 
     Args:
         valid: (B, K) bool, False at padding and at cache slots not filled yet.
         image_ids: (B, K), what `image_index` returns.
         mode: `causal`, `prefix`, `prefix_all_images` or `bidirectional`.
-        query_start: the key position of the first query, which is the length of the past.
+        query_start: the key position of the first query, which is the number of cached tokens.
         query_length: Q; `None` for all positions from `query_start` on.
-        document_ids: (B, K), equal for the positions of one packed sample; `None` for one sample a row.
+        document_ids: (B, K), equal for the positions of one packed sample; `None` for one sample per row.
 
     Returns:
         (B, 1, Q, K) bool.
@@ -67,7 +67,7 @@ def attention_mask_4d(
     elif mode == "bidirectional":
         allowed = torch.ones_like(causal)[None]
     else:
-        raise ValueError(f"There is no attention mode {mode!r}.")
+        raise ValueError(f"There is no attention mode {mode!r}; choose causal, prefix, prefix_all_images or bidirectional.")
     if document_ids is not None:
         allowed = allowed & (document_ids[:, queries, None] == document_ids[:, None, :])
     allowed = (allowed & valid[:, None, :]) | (itself & ~valid[:, queries, None])
@@ -75,8 +75,8 @@ def attention_mask_4d(
 
 
 def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same mask as numbers to add to attention scores: 0 where allowed, the most negative number elsewhere.
+    """The same mask as numbers added to attention scores: 0 where allowed, the most negative number elsewhere.
 
-    Eager attention needs this form; a bool mask it would add as 0 and 1.
+    Eager attention needs this form; it would add a bool mask as 0 and 1.
     """
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -37,7 +37,7 @@ from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 
 IGNORE_INDEX = -100
-# what a push takes and a mere save does not
+# arguments that only a push takes
 PUSH_KWARGS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "token")
 
 
@@ -93,7 +93,7 @@ class PrefixVLMProjector(nn.Module):
 
 
 class PrefixVLMVisionTower(nn.Module):
-    """Holds a vision model whose class has no `vision_model` level of its own.
+    """Wraps a vision model whose class has no `vision_model` level of its own.
 
     transformers 5 removed that level from SigLIP and CLIP; with it, weights have the same names on 4.x and 5.x.
     """
@@ -118,7 +118,7 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_flash_attn = False  # its kernels drop a dense mask without a word
+    _supports_flash_attn = False  # its kernels silently drop a dense mask
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True  # 4.x asks this before it allows a static cache
@@ -137,11 +137,11 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             self._complete_repository(save_directory)
         if push_to_hub:
-            # transformers 4 would split a path object here, and 5 hand `revision` to a call that does not know it
+            # transformers 4 would split a path object, and 5 would pass `revision` to a call that does not take it
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # every way to push ends here, after transformers has put an empty card into the folder
+        # every push passes here, after transformers has put an empty card into the folder
         self._complete_repository(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
@@ -151,7 +151,7 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
 
 
 class PrefixVLMModel(PrefixVLMPreTrainedModel):
-    """Image and text to hidden states: the model without its language head in use.
+    """Image and text to hidden states: the model without applying its language head.
 
     The weights live here under `vision_tower`, `projector` and `language_model`, so that this class and
     `PrefixVLMForConditionalGeneration` read the same checkpoints.
@@ -161,7 +161,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         super().__init__(config)
         for given in (vision_model, language_model):
             for module in given.modules() if given is not None else ():
-                module._is_hf_initialized = True  # else post_init on 4.x draws anew what resizing has replaced
+                module._is_hf_initialized = True  # else post_init on 4.x reinitialises what resizing has replaced
         if vision_model is None:
             vision_model = AutoModel.from_config(config.vision_config)
         if language_model is None:
@@ -172,7 +172,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         parts = (vision_model, language_model)
         self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
         self.post_init()
-        # the backbones also name layers they do not have here, and accelerate refuses to shard a model by those
+        # the backbones also name layers that are absent here, and accelerate refuses to shard a model by those
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules))
 
@@ -192,12 +192,12 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         return self.language_model.get_decoder()
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (I, C, H, W) to what the vision encoder says of their patches, (I, P, width of the encoder)."""
-        pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is welcome too
+        """Images (I, C, H, W) to the encoder's patch features (I, P, width of the encoder)."""
+        pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is accepted too
         pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
         with cpu_products(self, pixel_values):
             features = self.vision_tower(pixel_values=pixel_values, return_dict=True).last_hidden_state
-        # encoders of the CLIP kind put a class token before the patches
+        # CLIP-like encoders put a class token before the patches
         return features[:, -self.config.num_image_tokens :]
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -211,16 +211,16 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
     def _update_causal_mask(
         self, attention_mask, is_image, inputs_embeds, past_key_values=None, document_ids=None, cache_position=None
     ):
-        """The 4D mask of this forward pass, in the form the attention implementation reads.
+        """The 4D attention mask of this forward pass, in the form that the attention implementation expects.
 
         Args:
             attention_mask: (B, K), 0 at padding; `None` where nothing is padded.
-            is_image: (B, T) bool, where this pass holds image features. What lies in the cache needs no marking: all of
-                it comes before every query, where all modes agree.
+            is_image: (B, T) bool, where this pass holds image features. Cached positions need no marking: they come
+                before every query, where all modes agree.
             inputs_embeds: (B, T, ...), read for its shape and dtype only.
             past_key_values: the cache; its size decides K.
             document_ids: (B, T), the packed sample of each position.
-            cache_position: (T,), where these tokens go in the cache, as transformers 4 tells.
+            cache_position: (T,), where these tokens go in the cache, as transformers 4 passes it.
 
         Returns:
             (B, 1, T, K), bool for `sdpa`, 0 and the most negative number for `eager`.
@@ -231,8 +231,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         window = _attention_window(self.config.text_config)
         if window is not None and max(capacity, past + length) > window:
             raise ValueError(
-                f"{max(capacity, past + length)} tokens are more than the {window} that some layers of this "
-                f"{self.config.text_config.model_type} decoder look back; shorten the input, or choose another decoder."
+                f"{max(capacity, past + length)} tokens exceed the sliding window of {window} in some layers of this "
+                f"{self.config.text_config.model_type} decoder; shorten the input, or choose another decoder."
             )
         valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         if attention_mask is None:
@@ -247,23 +247,23 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         return self._in_form_of_attention(mask, inputs_embeds.dtype)
 
     def _in_form_of_attention(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A bool mask as the decoder's attention implementation reads it."""
+        """A bool mask in the form that the decoder's attention implementation expects."""
         implementation = self.language_model.config._attn_implementation
         if implementation == "eager":
             return as_additive(mask, dtype)
         if implementation != "sdpa":
-            raise ValueError(f"The decoder's attention is {implementation}, which would drop the mask; use sdpa or eager.")
+            raise ValueError(f"The decoder's {implementation} attention would drop the 4D mask; use sdpa or eager.")
         return mask
 
     def _is_image(self, input_ids, inputs_embeds) -> torch.Tensor:
-        """(B, T) bool, where image features belong."""
+        """(B, T) bool, True at image positions."""
         if inputs_embeds is None:
             return input_ids == self.config.image_token_id
         placeholder = self.get_input_embeddings()(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(dim=-1)
 
     def _embed(self, input_ids, inputs_embeds, pixel_values, vision_features, token_type_ids):
-        """Text embeddings with the image features in their places, those places, and the features."""
+        """The embeddings with the image features filled in, the image positions, and the features."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and vision_features is not None:
@@ -280,7 +280,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             if wanted != given:
                 raise ValueError(
                     f"The text has {wanted} image tokens, but {image_hidden_states.shape[0]} image(s) of "
-                    f"{image_hidden_states.shape[1]} features fill {given}; let the processor place the image tokens."
+                    f"{image_hidden_states.shape[1]} features each make {given}; let the processor place the image tokens."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_hidden_states)
         return inputs_embeds, is_image, image_hidden_states
@@ -303,21 +303,21 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         """Runs vision encoder, projector and language model.
 
         Args:
-            input_ids: (B, T), with P times `config.image_token_id` where each image stands.
+            input_ids: (B, T), with P copies of `config.image_token_id` for each image.
             pixel_values: (I, C, H, W), the images in reading order.
-            attention_mask: (B, K), 0 at padding, on either side; or a ready 4D mask, used as it is.
-            position_ids: (B, T); by default counted from the first token that is no padding, anew in each document.
-            token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already holds image features.
-            document_ids: (B, T), which packed sample each position belongs to; documents do not see each other.
-            vision_features: (I, P, width of the encoder), from `get_vision_features`, in place of `pixel_values`.
+            attention_mask: (B, K), 0 at padding, on either side; or a 4D mask, used as it is.
+            position_ids: (B, T); by default counted from the first token after padding, from 0 in each document.
+            token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already contains image features.
+            document_ids: (B, T), the packed sample of each position; documents do not attend to each other.
+            vision_features: (I, P, width of the encoder), from `get_vision_features`, instead of `pixel_values`.
 
         Raises:
-            ValueError: if image tokens and image features differ in number, or a bidirectional model is to use a cache.
+            ValueError: if image tokens and image features differ in number, or a bidirectional model is given a cache.
         """
         if self.config.attention_mode == "bidirectional":
             if use_cache or past_key_values is not None:
                 raise ValueError(
-                    "A bidirectional (stage 0) model cannot use a cache, since early tokens see later ones; pass "
+                    "A bidirectional (stage 0) model cannot use a cache, since tokens attend to later ones; pass "
                     "use_cache=False, or set config.attention_mode = 'prefix'."
                 )
             use_cache = False
@@ -335,7 +335,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 attention_mask = self._update_causal_mask(
                     attention_mask, is_image, inputs_embeds, past_key_values, document_ids, cache_position
                 )
-            # else one text token after all others sees them all, which is what the decoder makes of the 2D mask
+            # else a single text token after all others sees them all, as in the mask the decoder makes of the 2D one
 
         decoder = self.get_decoder()
         inputs = {
@@ -359,26 +359,26 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
 
 class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
-    """Answers in text about images: the class behind `AutoModelForVision2Seq` and its siblings."""
+    """Generates text about images; the class behind `AutoModelForVision2Seq` and its siblings."""
 
     accepts_loss_kwargs = True
 
     def __init__(self, config: PrefixVLMConfig, vision_model=None, language_model=None):
         super().__init__(config, vision_model, language_model)
-        # a placeholder is not a word: once generated, it would ask for an image that nobody gave
-        self.generation_config.bad_words_ids = [[config.image_token_id]]  # a tenth of the time that suppress_tokens takes
+        # never generated: an image token in the output would ask for an image that was not given
+        self.generation_config.bad_words_ids = [[config.image_token_id]]  # ten times faster than suppress_tokens
 
     @property
     def base_model(self) -> PrefixVLMModel:
-        """The same modules without the head and without this object's hooks, for whoever applies the head by himself."""
+        """The same modules without the head and without this object's hooks, for callers that apply the head themselves."""
         backbone = PrefixVLMModel.__new__(PrefixVLMModel)
         nn.Module.__init__(backbone)
-        # TRL also replaces `forward`, by one that calls this
+        # TRL also replaces `forward` with one that calls this
         own = (backbone.__dict__.keys() - {"_modules", "training"}) | {"forward"}
         backbone.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
         return backbone
 
-    model = base_model  # where TRL looks with transformers 4
+    model = base_model  # the name that TRL uses with transformers 4
 
     @classmethod
     def from_backbones(
@@ -388,23 +388,23 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         dtype: torch.dtype = torch.float32,
         **config,
     ) -> "PrefixVLMForConditionalGeneration":
-        """Joins two pretrained backbones by a new projector.
+        """Joins two pretrained backbones with a new projector.
 
         Args:
-            vision: Hub id or folder of a SigLIP, SigLIP 2 or CLIP-like model; of a two-tower model the image tower.
+            vision: Hub id or folder of a SigLIP, SigLIP 2 or CLIP-like model (of a two-tower model, the image tower).
             text: Hub id or folder of any decoder that `AutoModelForCausalLM` loads and that obeys a 4D mask.
-            dtype: of all weights.
+            dtype: the dtype of all weights.
             config: fields of `PrefixVLMConfig`, such as `attention_mode` and `projector_hidden_size`.
 
         Raises:
             ValueError: for a vision model without square patches or with missing weights, or a decoder that ignores the
-                mask or whose head is more than this class knows.
+                mask or whose head does more than this class supports.
         """
         vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         if not isinstance(getattr(vision_config, "image_size", None), int):
             raise ValueError(
-                f"{vision} is of type {vision_config.model_type!r}, without one square image size; choose a "
+                f"{vision} is a {vision_config.model_type} model without a fixed square image size; choose a "
                 "SigLIP, SigLIP 2 or CLIP model of fixed resolution."
             )
         text_config = AutoConfig.from_pretrained(text)
@@ -440,8 +440,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         """Lets `generate` stop at the end of a turn, at the tokenizer's end token, and where the backbone alone would stop.
 
         Args:
-            tokenizer: with the tokens of our conversations.
-            backbone: how the decoder generates by itself.
+            tokenizer: one that has the conversation tokens.
+            backbone: the decoder's own generation configuration.
         """
         known = getattr(backbone, "eos_token_id", None)
         known = known if isinstance(known, list) else [known]
@@ -452,10 +452,10 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
 
     @torch.no_grad()
     def _check_decoder(self, name: str):
-        """Holds the decoder to what this class relies on, by two tokens that may see each other.
+        """Checks that the decoder does what this class relies on, with two tokens that may see each other.
 
         Raises:
-            ValueError: if the first token does not see the second, or the head alone does not give the decoder's logits.
+            ValueError: if the first token does not attend to the second, or `_head` does not give the decoder's logits.
         """
         embeds = self.get_input_embeddings().weight[:2][None]
         other = torch.stack([embeds[:, 0], -embeds[:, 1]], dim=1)
@@ -473,10 +473,10 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
                 f"{name} ignores a 4D attention mask, so the image could not be left unmasked; choose another."
             )
         if not torch.allclose(self._head(hidden), logits, rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{name} changes its logits after the language head in a way that PrefixVLM does not know.")
+            raise ValueError(f"{name} modifies its logits after the language head in an unknown way; choose another.")
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., D) to logits (..., V), with the scaling and capping some decoders add to their head."""
+        """Hidden states (..., D) to logits (..., V), with the scaling and soft-capping that some decoders add."""
         config = self.config.text_config
         with cpu_products(self, hidden_states):
             logits = self.get_output_embeddings()(hidden_states)
@@ -489,7 +489,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return logits
 
     def _has_plain_head(self) -> bool:
-        """Whether `_head` is one matrix product and nothing else."""
+        """Whether `_head` is a single matrix product."""
         scaling = ("logits_scaling", "logit_scale", "final_logit_softcapping")
         return is_plain(self.get_output_embeddings()) and not any(
             getattr(self.config.text_config, name, None) for name in scaling
@@ -513,13 +513,13 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs,
     ) -> PrefixVLMCausalLMOutputWithPast:
-        """Runs the model; see `PrefixVLMModel.forward` for the inputs not named here.
+        """Computes logits and loss; see `PrefixVLMModel.forward` for the inputs not described here.
 
         Args:
-            labels: (B, T), the token ids to predict, -100 where nothing is asked; position t is predicted from t - 1.
-            logits_to_keep: compute logits only for the last so many positions, or for these positions (0: all).
+            labels: (B, T), the token ids to predict, -100 where there is no target; position t is predicted from t - 1.
+            logits_to_keep: compute logits only for the last N positions, or for these positions (0: all).
             num_items_in_batch: what the summed loss is divided by; by default the number of supervised tokens. A trainer
-                that accumulates passes the count of the whole batch.
+                that accumulates gradients passes the count of the whole batch.
             skip_logits: with labels, run the head on the supervised positions only and return no logits: the same loss
                 for a fraction of the memory.
         """
@@ -572,8 +572,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
     ):
         past, _ = _cache_lengths(past_key_values, 0)
         if token_type_ids is None or past > 0:
-            # carries the image positions to `create_masks_for_generate`, which sees no token ids; embeddings stand for
-            # the prompt alone, so once it lies in the cache the ids speak
+            # passes the image positions to `create_masks_for_generate`, which gets no token ids; embeddings cover the
+            # prompt alone, so once it is cached the ids are read
             token_type_ids = self._is_image(input_ids, inputs_embeds if past == 0 else None).long()
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -582,18 +582,18 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             token_type_ids=token_type_ids,
             **kwargs,
         )
-        # images go with the pass that holds their tokens: the prompt, or a continuation of it that brings new ones
+        # images go with the pass that contains their tokens: the prompt, or a continuation with new images
         model_inputs["pixel_values"] = pixel_values if model_inputs["token_type_ids"].any() else None
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats every sample for beams; the images of a sample stay together, as their tokens do."""
+        """Repeats every sample for beams; the images of a sample stay together."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None:
             is_image = self._is_image(input_ids, model_kwargs.get("inputs_embeds"))
             images = (is_image.sum(dim=-1) // self.config.num_image_tokens).tolist()
             pixel_values = pixel_values.flatten(0, -4)
-            if sum(images) == len(pixel_values):  # else forward says what is wrong
+            if sum(images) == len(pixel_values):  # else forward raises the error
                 pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in pixel_values.split(images)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -601,8 +601,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return input_ids, {**model_kwargs, "pixel_values": pixel_values}
 
     def create_masks_for_generate(self, attention_mask, past_key_values, token_type_ids, **kwargs):
-        """The mask `generate` prepares in advance for a static cache; by default it would be causal."""
-        # the embeddings have a name each on 4.x (`input_embeds`) and 5.x (`inputs_embeds`)
+        """The mask that `generate` prepares for a static cache; transformers' own would be causal."""
+        # the embeddings are named `input_embeds` on 4.x and `inputs_embeds` on 5.x
         inputs_embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
         return self._update_causal_mask(
             attention_mask,
@@ -614,10 +614,10 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
 
 
 def _cache_lengths(past_key_values, length: int, cache_position=None) -> tuple[int, int]:
-    """How many tokens the cache holds, and how many keys attention sees after `length` more."""
+    """The number of cached tokens, and of the keys that attention sees once `length` more are added."""
     if past_key_values is None:
         return 0, length
-    # a static cache of transformers 4 counts its keys that are not all zero, and padding may have zero keys
+    # in transformers 4 a static cache counts its non-zero keys, and padding may have zero keys
     past = int(past_key_values.get_seq_length() if cache_position is None else cache_position[0])
     if not past_key_values.is_compileable:
         return past, past + length  # it grows
@@ -626,14 +626,14 @@ def _cache_lengths(past_key_values, length: int, cache_position=None) -> tuple[i
 
 
 def _attention_window(text_config) -> int | None:
-    """How far back the layers with a sliding window look; `None` where no layer has one."""
+    """The sliding window of the decoder, in tokens; `None` if no layer has one."""
     window = getattr(text_config, "sliding_window", None)
     layer_types = getattr(text_config, "layer_types", None)
     return window if layer_types is None or "sliding_attention" in layer_types else None
 
 
 def _position_ids(attention_mask, document_ids, length: int):
-    """(B, T) positions that start at 0 after left padding and in each document; `None` where plain counting will do."""
+    """(B, T) positions that start at 0 after left padding and in each document; `None` where plain counting suffices."""
     if document_ids is not None:
         position = torch.arange(length, device=document_ids.device).expand_as(document_ids)
         is_start = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
@@ -644,7 +644,7 @@ def _position_ids(attention_mask, document_ids, length: int):
 
 
 def _tokenizer(text: str):
-    """A decoder's tokenizer with the tokens of our conversations; `None` for a folder of weights alone."""
+    """A decoder's tokenizer with the conversation tokens added; `None` for a folder of weights alone."""
     if os.path.isdir(text) and not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in os.listdir(text)):
         return None
     tokenizer = AutoTokenizer.from_pretrained(text)

@@ -155,7 +155,7 @@ def test_packed_documents_are_as_if_alone(mode, attention):
     hook.remove()
     for document, part in zip(documents, together, strict=False):
         assert_close(part, logits(model, document)[0])
-    # counted anew in each document: rotary attention alone could not tell
+    # counted from 0 in each document: rotary attention alone could not tell
     assert positions[0][0].tolist() == [place for length in [*lengths, padding] for place in range(length)]
     # and without document_ids they would see each other
     mixed = logits(model, {**packed, "document_ids": None})[0].split([*lengths, padding])

@@ -23,7 +23,7 @@ def test_bf16_is_near_fp32(attention, how):
     exact = model(**batch)
     if how == "weights":
         model = model.to(torch.bfloat16)
-        near = model(**batch)  # fp32 pixels are welcome
+        near = model(**batch)  # fp32 pixels are accepted
         assert near.logits.dtype == torch.bfloat16
     else:
         with torch.autocast("cpu", torch.bfloat16):
@@ -86,7 +86,7 @@ def test_a_wrong_number_of_images_is_one_clear_error(rows, images):
     batch = layout_batch(model, rows)
     batch["pixel_values"] = torch.zeros(images, 3, 16, 16)
     wanted = 4 * "".join(rows).count("I")
-    message = rf"text has {wanted} image tokens, but {images} image\(s\) of 4 features fill {4 * images}"
+    message = rf"text has {wanted} image tokens, but {images} image\(s\) of 4 features each make {4 * images}"
     with pytest.raises(ValueError, match=message):
         model(**batch)
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.inference.environment import versions
-from prefixvlm.modeling_vlm.cpu_prefix_vlm import OneRowProducts, bf16_is_emulated
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import OneRowProducts, product_dtype
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
 from prefixvlm.train.training.starting_model import train_tokenizer
 
@@ -130,8 +130,7 @@ def gemm_rate(setup: Setup) -> float:
 
 def limit_rate(setup: Setup) -> float:
     """`gemm_rate`, in the dtype that our model's products are computed in."""
-    slow = bf16_is_emulated(torch.zeros(1, dtype=setup.dtype, device=setup.device))
-    return gemm_rate(Setup(setup.device, torch.float32, None) if slow else setup)
+    return gemm_rate(Setup(setup.device, product_dtype(setup.dtype, setup.device), None))
 
 
 def gemv_bandwidth(setup: Setup) -> float:
@@ -147,7 +146,7 @@ def gemv_bandwidth(setup: Setup) -> float:
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device has arithmetic for it, as GPUs and CPUs with AVX-512 BF16 or AMX do; else float32."""
-    return torch.float32 if bf16_is_emulated(torch.zeros(1, dtype=torch.bfloat16, device=device)) else torch.bfloat16
+    return product_dtype(torch.bfloat16, device)
 
 
 def forward_flops(

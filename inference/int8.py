@@ -1,6 +1,6 @@
-"""A decoder with weights of 8 bits: generation on a CPU waits for memory, and this is half as much to read as bfloat16.
+"""A decoder with 8-bit weights: generation on a CPU is limited by memory bandwidth, and they take half the bytes of bfloat16.
 
-Symmetric, one scale for each row of a weight (absolute maximum over 127), no calibration; multiplied by torch's own packed
+Symmetric, one scale per row of a weight (absolute maximum over 127), no calibration; multiplied by torch's own packed
 product, so nothing has to be compiled or installed.
 
 Shapes: R rows (all leading dimensions together), D and E width of input and output.
@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prefixvlm.modeling_vlm.cpu_prefix_vlm import bf16_is_emulated
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import product_dtype
 
 MAX_PACKED_ROWS = 8  # with more, converting the weights back pays
-PACKED_WIDTH = 16  # torch reads beyond the end of other widths where the CPU has AVX-512, and may end the process
+PACKED_WIDTH = 16  # torch reads beyond the end of other widths where the CPU has AVX-512, and may crash
 
 
 class Int8Linear(nn.Module):
-    """A linear layer over weights (E, D) of 8 bits and scales (E,).
+    """A linear layer with 8-bit weights (E, D) and scales (E,).
 
     Args:
-        linear: the layer it takes the place of.
+        linear: the layer it replaces.
     """
 
     weight: torch.Tensor
@@ -30,7 +30,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach()
-        # rounded first, so that the integers make up for it
+        # rounded first, so that the integers compensate for it
         scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-30).to(torch.bfloat16)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("weight", (weight.float() / scales[:, None]).round().clamp(-127, 127).to(torch.int8))
@@ -45,8 +45,8 @@ class Int8Linear(nn.Module):
             scales = self.scales.to(torch.bfloat16)  # as they were, if somebody has changed the model's dtype
             out = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.weight, scales).to(rows.dtype)
         else:
-            # integers of 8 bits are exact in bfloat16; float16 would overflow before they are scaled
-            dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and not bf16_is_emulated(rows) else torch.float32
+            # 8-bit integers are exact in bfloat16; float16 would overflow before they are scaled
+            dtype = product_dtype(rows.dtype, rows.device) if rows.dtype == torch.bfloat16 else torch.float32
             out = functional.linear(flat.to(dtype), self.weight.to(dtype))
             out = (out * self.scales.to(dtype)).to(rows.dtype)
         if self.bias is not None:
@@ -54,14 +54,14 @@ class Int8Linear(nn.Module):
         return out if rows.ndim == 2 else out.unflatten(0, rows.shape[:-1])
 
     def _save_to_state_dict(self, *args, **kwargs):
-        raise ValueError("An int8 model cannot be saved; save the model that it was made of.")
+        raise ValueError("An int8 model cannot be saved; save the model that it was made from.")
 
 
 @torch.no_grad()
 def quantize_int8(model):
-    """Puts `Int8Linear` in the place of every linear layer of the decoder and of its head, in place; for generation only.
+    """Replaces every linear layer of the decoder and its head by `Int8Linear`, in place; for generation only.
 
-    The embedding stays as it is: one row of it is read a token. A quantised model cannot be saved.
+    The embedding stays as it is: only one row of it is read per token. A quantised model cannot be saved.
 
     Returns:
         The model.

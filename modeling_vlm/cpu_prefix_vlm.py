@@ -1,16 +1,16 @@
-"""What makes a CPU fast: bfloat16 products where torch's own choice is slow, and one new token a row by a short way.
+"""What makes a CPU fast: bfloat16 matrix products, and the decoding of one token.
 
-The network calls `cpu_products` and `one_token`; the loss uses the products by themselves. On other devices, and where
-torch compiles, nothing here has an effect.
+The model enters here by `cpu_products` and `one_token`, the loss by `product_dtype` and the three products below it. On
+other devices, and under torch.compile, none of this takes effect.
 
-Products. Without bfloat16 arithmetic torch multiplies bfloat16 matrices of many rows five to eight times slower than it
-converts them and multiplies in float32, which is also nearer the truth. A single row, as in decoding, waits for memory, and
-bfloat16 is half as much to read. With bfloat16 arithmetic torch hands all products to oneDNN, which reads the weights of a
-single row at two thirds of the speed of torch's own code.
+Products. A CPU without bfloat16 arithmetic multiplies bfloat16 matrices of many rows five to eight times faster if they are
+converted to float32 first, which is also more accurate. A single row, as in decoding, is limited by memory bandwidth, and
+bfloat16 halves the bytes. A CPU with bfloat16 arithmetic gets all its products from oneDNN, which reads the weights for a
+single row at two thirds of the speed of torch's own kernels.
 
-One token. While decoding, a CPU waits for weights; everything else should hide behind that. transformers repeats keys and
-values for every head and hands each layer through a dozen small operations. Here the heads that share keys ask together, as
-the queries of one attention call, and operations are merged where that changes rounding at most.
+One token. Decoding is limited by reading the weights. transformers repeats keys and values for every query head and makes
+a dozen small calls per layer; here the query heads that share keys form one attention call, and small operations are fused
+where that changes results by rounding at most.
 
 This file travels to the Hub with every checkpoint, so it imports only torch and transformers.
 
@@ -34,31 +34,36 @@ CHUNK_ELEMENTS = 2**20  # of a weight converted at once: 4 MiB, so that they are
 MODEL_TYPES = ("llama", "qwen2")  # decoders whose layers are what `one_token` computes
 
 
-def cpu_products(model: Any, rows: torch.Tensor) -> AbstractContextManager:
-    """The context in which a PrefixVLM best multiplies its weights with `rows`; all but their last dimension count."""
-    count = rows.shape[:-1].numel()
-    if count == 1 and rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
-        return OneRowProducts()
-    if count < MIN_ROWS or not bf16_is_emulated(model.get_input_embeddings().weight):
+def cpu_products(model: nn.Module, rows: torch.Tensor) -> AbstractContextManager:
+    """The context in which layers of `model` are to be applied to `rows`, whose last dimension is their width."""
+    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or torch.compiler.is_compiling():
         return nullcontext()
-    # activations that are recomputed in the backward pass, outside of this, have to be computed in the same way
-    wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in model.modules())  # torch's own, as for FSDP
-    recomputes = torch.is_grad_enabled() and (model.is_gradient_checkpointing or wrapped)
+    count = rows.shape[:-1].numel()
+    if count == 1:
+        return OneRowProducts()
+    if count < MIN_ROWS or _has_bfloat16_arithmetic():
+        return nullcontext()
+    # activations recomputed in the backward pass, outside this context, must be computed the same way in both passes
+    recomputes = torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False)
+        or type(module).__name__ == "CheckpointWrapper"  # torch's own, as for FSDP
+        for module in model.modules()
+    )
     return nullcontext() if recomputes else Float32Products()
 
 
 def one_token(
     decoder: Any, inputs_embeds: torch.Tensor, attention_mask, position_ids, past_key_values, **further
 ) -> BaseModelOutputWithPast | None:
-    """What `decoder` gives for one new token a row after a past; `None` where the short way does not lead there.
+    """The decoder's output for one new token per row; `None` where only its own forward pass computes it.
 
     Args:
-        decoder: of the Llama kind.
+        decoder: any; the fast path is for those in `MODEL_TYPES`.
         inputs_embeds: (B, 1, D).
-        attention_mask: (B, K), 0 at padding; `None` where nothing is padded.
-        position_ids: (B, 1); by default the number of keys before.
-        past_key_values: the cache, which the token is added to.
-        further: other arguments of the decoder; whatever asks for more than the last hidden state is left to it.
+        attention_mask: (B, K), 0 at padding; `None` without padding.
+        position_ids: (B, 1); by default the number of cached keys.
+        past_key_values: the cache, to which the token's keys and values are added.
+        further: other arguments of the decoder; any that asks for more than the last hidden state takes the plain path.
     """
     if inputs_embeds.shape[1] != 1 or not _can_step(decoder, inputs_embeds, attention_mask, past_key_values, further):
         return None
@@ -66,23 +71,28 @@ def one_token(
     return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
-def bf16_is_emulated(tensor: torch.Tensor) -> bool:
-    """Whether products of this tensor's dtype are better computed in float32 on its device."""
-    return (
-        tensor.dtype == torch.bfloat16
-        and tensor.device.type == "cpu"
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute products of `dtype` in: float32 for bfloat16 on a CPU without arithmetic for it."""
+    in_float32 = (
+        dtype == torch.bfloat16
+        and device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and not _has_bfloat16_arithmetic()
     )
+    return torch.float32 if in_float32 else dtype
+
+
+def _has_bfloat16_arithmetic() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class OneRowProducts:
-    """A context in which torch multiplies by itself, without oneDNN; of no effect where that is switched off already."""
+    """A context in which torch multiplies with its own kernels instead of oneDNN's; no effect where oneDNN is off."""
 
     def __enter__(self):
         self.switches = bool(torch.backends.mkldnn.enabled)
         if self.switches:
-            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch types it as a descriptor
 
     def __exit__(self, *_):
         if self.switches:
@@ -90,9 +100,9 @@ class OneRowProducts:
 
 
 class Float32Products(TorchFunctionMode):
-    """A context in which linear layers and convolutions of many bfloat16 rows are computed in float32.
+    """A context in which linear layers and convolutions on many bfloat16 rows are computed in float32.
 
-    Inputs, weights and results stay bfloat16, and so does what is kept for the backward pass.
+    Inputs, weights, outputs and the tensors saved for the backward pass stay bfloat16.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -130,8 +140,19 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows (R, D) times the transpose of a weight (E, D), plus a bias (E,), in float32: (R, E), not contiguous."""
+def product(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Rows (R, D) times the transpose of a weight (E, D), plus a bias (E,), computed in `dtype`.
+
+    Args:
+        dtype: the weight's, or float32 for a bfloat16 weight, which is then converted chunk by chunk.
+
+    Returns:
+        (R, E) in `dtype`; not contiguous if the weight was converted.
+    """
+    if weight.dtype == dtype:
+        return functional.linear(rows, weight, bias)
     columns = rows.float().T
     out = columns.new_empty(len(weight), len(rows))
     for chunk in _chunks(weight):
@@ -142,7 +163,9 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 
 def gradient_of_rows(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A float32 gradient (R, E) times a weight (E, D): (R, D), float32."""
+    """A gradient (R, E) times a weight (E, D): (R, D), computed in the gradient's dtype."""
+    if gradient.dtype == weight.dtype:
+        return gradient @ weight
     out = gradient.new_zeros(len(gradient), weight.shape[1])
     for chunk in _chunks(weight):
         out.addmm_(gradient[:, chunk], weight[chunk].float())
@@ -150,7 +173,9 @@ def gradient_of_rows(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tens
 
 
 def gradient_of_weight(gradient: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The transpose of a float32 gradient (R, E) times rows (R, D): (E, D) in `dtype`, computed in float32."""
+    """The transpose of a gradient (R, E) times rows (R, D): (E, D) in `dtype`, computed in the gradient's dtype."""
+    if gradient.dtype == rows.dtype == dtype:
+        return gradient.T @ rows
     rows = rows.float()
     out = rows.new_empty(gradient.shape[1], rows.shape[1], dtype=dtype)
     for chunk in _chunks(out):
@@ -189,7 +214,7 @@ def _step(decoder: Any, inputs_embeds: torch.Tensor, attention_mask, position_id
         position_ids = torch.full((1, 1), past_key_values.get_seq_length(), device=inputs_embeds.device)
     cos, sin = decoder.rotary_emb(inputs_embeds, position_ids)  # (B or 1, 1, E)
     half = cos.shape[-1] // 2
-    # with the halves exchanged, what is turned back has its sign here
+    # signs of rotate_half, whose halves are swapped by `roll` below
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     mask = None
     if attention_mask is not None and not attention_mask.all():
@@ -214,14 +239,14 @@ def _step(decoder: Any, inputs_embeds: torch.Tensor, attention_mask, position_id
 
 
 def _rms_norm(hidden_states: torch.Tensor, norm: Any) -> torch.Tensor:
-    # rows beside their negatives have mean 0, so that the one fused operation for layer norms gives root mean squares
+    # a row concatenated with its negative has mean 0, so the fused layer norm of both is the RMS norm of the row
     both = torch.cat([hidden_states, -hidden_states], dim=-1)
     normed = nn.functional.layer_norm(both, both.shape[-1:], eps=norm.variance_epsilon)
     return normed[:, : hidden_states.shape[-1]] * norm.weight
 
 
 def _modules_left_out(decoder: Any) -> Iterator[nn.Module]:
-    """What `_step` reads the parts of without calling it."""
+    """The modules whose submodules `_step` calls in place of the modules themselves."""
     yield decoder
     yield decoder.norm
     for layer in decoder.layers:
@@ -229,6 +254,6 @@ def _modules_left_out(decoder: Any) -> Iterator[nn.Module]:
 
 
 def _is_as_built(module: nn.Module, decoder: nn.Module) -> bool:
-    """Of the decoder's own file, so no adapter around it, and without hooks."""
+    """Whether a module's class is from the decoder's own file, so not an adapter, and the module has no hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module)
     return type(module).__module__ == type(decoder).__module__ and not hooks

@@ -8,17 +8,17 @@ Shapes: N supervised tokens, D width of the language model, V vocabulary.
 import torch
 from torch import nn
 
-from .cpu_prefix_vlm import bf16_is_emulated, gradient_of_rows, gradient_of_weight, product
+from .cpu_prefix_vlm import gradient_of_rows, gradient_of_weight, product, product_dtype
 
 CHUNK_ELEMENTS = 2**25  # logits held at once; in float32 128 MiB
 
 
-@torch.compiler.disable  # every number of tokens would be compiled anew
+@torch.compiler.disable  # it would be recompiled for every number of tokens
 def head_and_loss(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor, items):
     """Cross-entropy of `head(hidden_states)` against `targets` (paper, Eq. 1), summed in float32 and divided by `items`.
 
-    The gradient is made along with the loss, chunk by chunk, so neither logits nor their gradient are kept for the backward
-    pass and nothing is computed twice. It can be run backward once. float16 takes the plain form.
+    The gradient is computed along with the loss, chunk by chunk, so neither logits nor their gradient are kept for the
+    backward pass and nothing is computed twice. `backward` can be called only once. float16 is not chunked.
 
     Args:
         head: the language head; see `is_plain`.
@@ -32,7 +32,7 @@ def head_and_loss(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.T
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    if dtype == torch.float16:  # what a loss scaler multiplies by later has to be in there when rounding, or it is lost
+    if dtype == torch.float16:  # rounded before a loss scaler has multiplied it, the gradient would underflow
         losses = nn.functional.cross_entropy(head(hidden_states).float(), targets, reduction="none")
         return losses.sum() / items, losses.detach()
     return _HeadAndLoss.apply(hidden_states, head.weight, head.bias, targets, items, dtype, torch.is_grad_enabled())
@@ -47,11 +47,12 @@ def is_plain(head: nn.Module) -> bool:
 class _HeadAndLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, targets, items, dtype, with_gradient):
-        # what autograd says here is the same without gradients
+        # autograd's flags do not depend on whether gradients are enabled
         needs_hidden, needs_weight, needs_bias = (with_gradient and needs for needs in ctx.needs_input_grad[:3])
         given = hidden_states, weight, bias
-        in_float32 = bf16_is_emulated(weight)
-        if not in_float32:
+        computed_in = product_dtype(weight.dtype, weight.device)
+        if computed_in == weight.dtype:
+            computed_in = dtype
             weight, hidden_states = weight.to(dtype), hidden_states.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         rows = max(1, CHUNK_ELEMENTS // len(weight))
@@ -61,7 +62,7 @@ class _HeadAndLoss(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             hidden = hidden_states[chunk]
-            logits = product(hidden, weight, bias) if in_float32 else nn.functional.linear(hidden, weight, bias).float()
+            logits = product(hidden, weight, bias, computed_in).float()
             target = targets[chunk, None]
             log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
             losses[chunk] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
@@ -72,13 +73,11 @@ class _HeadAndLoss(torch.autograd.Function):
             gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0)).div_(items)
             if needs_bias:
                 grad_bias = _sum(grad_bias, gradient.sum(dim=0))
-            if not in_float32:
-                gradient = gradient.to(dtype)
+            gradient = gradient.to(computed_in)
             if grad_hidden is not None:
-                grad_hidden[chunk] = gradient_of_rows(gradient, weight) if in_float32 else gradient @ weight
+                grad_hidden[chunk] = gradient_of_rows(gradient, weight)
             if needs_weight:
-                one = gradient_of_weight(gradient, hidden, weight.dtype) if in_float32 else gradient.T @ hidden
-                grad_weight = _sum(grad_weight, one)
+                grad_weight = _sum(grad_weight, gradient_of_weight(gradient, hidden, weight.dtype))
         if needs_weight and grad_weight is None:  # no tokens
             grad_weight = torch.zeros_like(weight)
         if needs_bias and grad_bias is None:
@@ -91,11 +90,11 @@ class _HeadAndLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        # in place: a copy of the weight's gradient would stand where memory is at its highest
+        # in place: a copy of the weight's gradient would raise the peak of memory
         gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
         return *gradients, None, None, None, None
 
 
 def _sum(total: torch.Tensor | None, chunk: torch.Tensor) -> torch.Tensor:
-    """Over the chunks in float32, as one matrix product would; a single chunk stays what it is."""
+    """Accumulates the chunks in float32, as one matrix product would; a single chunk keeps its dtype."""
     return chunk if total is None else total.float().add_(chunk)

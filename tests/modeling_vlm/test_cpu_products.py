@@ -5,23 +5,21 @@ import torch
 from tiny import FIRST_WORD, layout_batch, tiny_model
 from torch import nn
 
-from prefixvlm.modeling_vlm import cpu_prefix_vlm, loss_prefix_vlm
-from prefixvlm.modeling_vlm.cpu_prefix_vlm import MIN_ROWS, Float32Products, OneRowProducts, bf16_is_emulated
+from prefixvlm.modeling_vlm import cpu_prefix_vlm
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import MIN_ROWS, Float32Products, OneRowProducts, product_dtype
 
-BFLOAT16 = torch.bfloat16
+BFLOAT16, CPU = torch.bfloat16, torch.device("cpu")
 
 
 @pytest.fixture
 def slow_cpu(monkeypatch):
     """As if this CPU had no bfloat16 arithmetic."""
-    for module in (cpu_prefix_vlm, loss_prefix_vlm):
-        monkeypatch.setattr(module, "bf16_is_emulated", lambda tensor: tensor.dtype == BFLOAT16)
+    monkeypatch.setattr(cpu_prefix_vlm, "_has_bfloat16_arithmetic", lambda: False)
 
 
 @pytest.fixture
 def fast_cpu(monkeypatch):
-    for module in (cpu_prefix_vlm, loss_prefix_vlm):
-        monkeypatch.setattr(module, "bf16_is_emulated", lambda tensor: False)
+    monkeypatch.setattr(cpu_prefix_vlm, "_has_bfloat16_arithmetic", lambda: True)
 
 
 def counted(monkeypatch) -> list:
@@ -173,11 +171,11 @@ def test_a_single_row_is_multiplied_in_float32_and_rounded_once():
 
 def test_a_build_without_mkldnn_is_slow(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert bf16_is_emulated(torch.zeros(1, dtype=BFLOAT16))
+    assert product_dtype(BFLOAT16, CPU) == torch.float32
 
 
 def test_what_is_slow_is_bfloat16_on_a_cpu():
-    assert not bf16_is_emulated(torch.zeros(1))
+    assert product_dtype(torch.float16, CPU) == torch.float16
     supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert bf16_is_emulated(torch.zeros(1, dtype=BFLOAT16)) != supported
-    assert not bf16_is_emulated(torch.zeros(1, dtype=BFLOAT16, device="meta"))
+    assert product_dtype(BFLOAT16, CPU) == (BFLOAT16 if supported else torch.float32)
+    assert product_dtype(BFLOAT16, torch.device("meta")) == BFLOAT16

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prefixvlm.modeling_vlm.cpu_prefix_vlm import bf16_is_emulated
+from prefixvlm.modeling_vlm.cpu_prefix_vlm import product_dtype
 from prefixvlm.train.recipes.stages import MODULES
 
 # dense bfloat16 rates of the makers' data sheets, in FLOP/s; the first name found in the device's counts
@@ -114,9 +114,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cpu":
         return None
     square = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=torch.Generator().manual_seed(0))
-    if bf16_is_emulated(square.to(dtype)):
-        dtype = torch.float32
-    square = square.to(dtype)
+    square = square.to(product_dtype(dtype, device))
     fastest = min(_seconds(square, square) for _ in range(GEMM_REPEATS))
     return 2 * GEMM_SIZE**3 / fastest
 

@@ -41,16 +41,16 @@ class ConversationCollator:
         processor: a `PrefixVLMProcessor`.
         text_format: `caption` or `conversation`, as in `Stage`.
         noise: share of the input text tokens that become the noise token; special, image and padding tokens never do.
-        augment: for pictures without an up and a right: mirror and turn them at random.
-        seed: of what is random about samples that have no seed of their own.
-        max_tokens_per_row: pack several samples into rows of at most so many tokens, each seeing only itself; 0 gives every
-            sample its own row.
-        feature_cache: a `FeatureCache`, which then stands in for the images it knows.
-        pad_failures: put a padding sample in the place of one that cannot be used, rather than raise.
+        augment: mirror and rotate images at random; for images without a canonical orientation.
+        seed: for the randomness of samples without a seed of their own.
+        max_tokens_per_row: pack several samples into rows of at most this many tokens, each seeing only itself; 0 gives
+            every sample its own row.
+        feature_cache: a `FeatureCache` to read the features of known images from.
+        pad_failures: replace a sample that cannot be used by a padding sample instead of raising.
 
     A batch holds `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (I, C, H, W), `document_ids` (B, T) of
     packed rows and, with noise, `is_noised` (B, T), true where the input token was replaced. With `pad_failures` a batch
-    may have `failed`, the (seed, name, reason) of each sample that a padding sample took the place of.
+    may have `failed`, the (seed, name, reason) of each sample that was replaced.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ConversationCollator:
             return self.collate(self.encoded(conversations))
         try:
             return self.collate(self.encoded(conversations))
-        except ValueError:  # one by one, to find whose fault it is
+        except ValueError:  # one by one, to find which one fails
             samples, failed = [], []
             for sample in conversations:
                 try:
@@ -106,7 +106,7 @@ class ConversationCollator:
         samples = []
         for sample, source, ids, labels in zip(conversations, sources, batch["input_ids"], batch["labels"], strict=True):
             input_ids, labels = torch.tensor(ids), torch.tensor(labels)
-            labels[0] = IGNORE_INDEX  # nothing comes before it, least of all in a packed row
+            labels[0] = IGNORE_INDEX  # nothing comes before it that could predict it, also in a packed row
             if sample.is_padding_sample:
                 labels[:] = IGNORE_INDEX
             pictures = [torch.from_numpy(np.asarray(next(images))) for _ in sample.images]
@@ -118,7 +118,7 @@ class ConversationCollator:
         return samples
 
     def collate(self, samples: list[Encoded]) -> dict[str, torch.Tensor]:
-        """The batch: one sample a row, or several."""
+        """The batch: one sample per row, or several."""
         rows = [[index] for index in range(len(samples))]
         if self.max_tokens_per_row:
             rows = pack([len(sample) for sample in samples], self.max_tokens_per_row)
@@ -154,7 +154,7 @@ class ConversationCollator:
         return batch
 
     def lengths(self, conversations: Sequence[Conversation]) -> list[tuple[int, int]]:
-        """The tokens of each sample, and how many of them are learnt. Images are counted, but not opened.
+        """The tokens of each sample, and how many of them are supervised. Images are counted, but not opened.
 
         Raises:
             ValueError: for a text that cannot be used.
@@ -186,12 +186,12 @@ class ConversationCollator:
 
 
 def _no_pixels(images, **kwargs) -> dict:
-    """In the place of an image processor, where only texts are asked about."""
+    """Stands in for an image processor where only text is needed."""
     return {}
 
 
 def _turned(image: torch.Tensor, source: random.Random) -> torch.Tensor:
-    """One of the eight ways to lay a square picture (C, H, W)."""
+    """A square picture (C, H, W) in a random one of its eight orientations."""
     if source.random() < 0.5:
         image = image.flip(-1)
     return image.rot90(source.randrange(4), dims=(-2, -1))
@@ -204,9 +204,9 @@ def special_token_ids(tokenizer) -> set[int]:
 
 
 def noise_token_id(tokenizer) -> int:
-    """The token that stands for a lost word in stage 0: the mask token if there is one, else padding.
+    """The token that replaces noised words in stage 0: the mask token if there is one, else padding.
 
-    The paper does not name it (Algorithm 1, line 3). Either way its embedding says nothing about the caption.
+    The paper does not name it (Algorithm 1, line 3). Either way its embedding carries nothing of the caption.
     """
     for token_id in (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:

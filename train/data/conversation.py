@@ -15,10 +15,10 @@ class Conversation:
         images: anything `load_image` opens; they come before the first turn.
         turns: (role, text) pairs, the roles `system`, `user` and `assistant`.
         name: where the sample comes from, for error messages.
-        seed: of what is random about this sample in this epoch, so that it comes out the same in any process and after
-            any interruption; `None` leaves it to the collator's own source.
-        is_padding_sample: nothing is learnt from it; it evens out the last batch of several processes, or takes the place
-            of a sample that cannot be used.
+        seed: for the randomness of this sample in this epoch, so that it is the same in any process and after any
+            interruption; `None` uses the collator's own generator.
+        is_padding_sample: it has no supervised tokens; it fills up the last batch of several processes, or replaces a
+            sample that cannot be used.
     """
 
     images: list = field(default_factory=list)
@@ -46,6 +46,6 @@ class Conversation:
         return messages
 
     def as_padding_sample(self) -> "Conversation":
-        """A sample that takes this one's place: with as many pictures, all blank, and no word of it is learnt."""
+        """A padding sample to replace this one: as many images, all blank, and no supervised tokens."""
         blanks = [BLANK] * len(self.images)
         return replace(self, images=blanks, turns=[("user", ""), ("assistant", "")], is_padding_sample=True)

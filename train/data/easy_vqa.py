@@ -35,7 +35,7 @@ def questions_by_image(split: str) -> dict[Path, list[tuple[str, str]]]:
 
 
 def facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """The colour and the shape that a picture's questions and answers give away; `None` for what they leave open.
+    """The colour and the shape that a picture's questions and answers reveal; `None` for what they leave open.
 
     A question with a content answer states it ("what color is the circle?" - "red"), and so does a yes to a plain
     question or a no to a negated one ("is there not a red shape?" - "no").
@@ -54,7 +54,7 @@ def facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
 
 
 def captions(split: str) -> list[Conversation]:
-    """A sentence of its facts for each picture, such as "a red circle"; "shape" stands for an unknown shape."""
+    """A caption of the known facts for each picture, such as "a red circle"; "shape" stands for an unknown shape."""
     samples = []
     for image, questions in questions_by_image(split).items():
         color, shape = facts(questions)
@@ -65,9 +65,9 @@ def captions(split: str) -> list[Conversation]:
 
 
 def conversations(split: str) -> list[Conversation]:
-    """All questions of a picture and their answers as one conversation, those to be answered by yes or no first.
+    """All questions of a picture and their answers as one conversation, yes/no questions first.
 
-    After "what color is the shape?" - "red", many a yes or no can be told from the text alone; in this order the picture
+    After "what color is the shape?" - "red", many yes/no answers follow from the text alone; in this order the picture
     is needed.
     """
     samples = []

@@ -19,17 +19,17 @@ KEY_BYTES = 16
 class FeatureCache:
     """Features on disk, found by the content of the image and the weights of the encoder.
 
-    Each process appends to a file of its own and reads those of all through memory maps; an index (SQLite) says what is
-    where. An entry is indexed after it is written and checked against its checksum when read, so a process may be killed
-    at any moment.
+    Each process appends to a file of its own and reads those of all through memory maps; an index (SQLite) says where
+    each image's are. An entry is indexed after it is written and checked against its checksum when read, so a process may
+    be killed at any moment.
 
     Args:
-        folder: where the cache lies; what it holds of other encoders is removed.
+        folder: of the cache; features of other encoders in it are removed.
         encoder: the frozen vision tower, whose weights are part of the key.
-        dtype: what the features are kept in. Under autocast the projector rounds them to its own dtype at once, so
+        dtype: of the stored features. Under autocast the projector rounds them to its own dtype at once, so
             keeping that one loses nothing.
-        max_bytes: how large the features may become on disk, over all processes; later images are computed each time.
-        rank, processes: which of how many processes this is.
+        max_bytes: the most that features may take on disk, over all processes; images beyond it are encoded every time.
+        rank, processes: the index of this process, and how many there are.
     """
 
     def __init__(self, folder: Path, encoder, dtype: torch.dtype, max_bytes: int, rank: int = 0, processes: int = 1):
@@ -48,7 +48,7 @@ class FeatureCache:
         return {**self.__dict__, "_process": None, "_maps": {}, "_index": None}
 
     def look_up(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the cache knows of some images (I, C, H, W), as the entries of a batch.
+        """What the cache holds for some images (I, C, H, W), as entries of a batch.
 
         Returns:
             `image_keys` (I, 16), `is_cached` (I,), `cached_features` (cached, P, D) if any, and `pixel_values` of the
@@ -69,7 +69,7 @@ class FeatureCache:
         """Takes the entries of `look_up` out of a batch and returns the features (I, P, D) of all its images.
 
         Args:
-            encode: pixel values to features, run on the images that are not cached, which then are.
+            encode: pixel values to features, run on the images that are not cached yet; the results are then cached.
         """
         keys, is_cached = batch.pop("image_keys"), batch.pop("is_cached")
         cached, pixel_values = batch.pop("cached_features", None), batch.pop("pixel_values", None)

@@ -16,7 +16,7 @@ class Form:
     and `parts(row)` counts them.
 
     Args:
-        folder: where the images lie that rows name by path.
+        folder: of the images that rows name by path.
     """
 
     has_parts = False
@@ -28,13 +28,13 @@ class Form:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items() if k != 'folder')})"
 
     def turns(self, row: dict, part: int) -> list[tuple[str, str]]:
-        raise TypeError("a form must say what the turns of its rows are")
+        raise TypeError("a form must define `turns`")
 
     def parts(self, row: dict) -> int:
         return 1
 
     def count(self, read: Callable[[], dict]) -> int:
-        """How many samples a row holds; one that cannot be read counts as one, which is reported when it is asked for."""
+        """How many samples a row holds; one that cannot be read counts as one, which is reported when it is read."""
         if not self.has_parts:
             return 1
         try:
@@ -43,7 +43,7 @@ class Form:
             return 1
 
     def name(self, where: str, part: int) -> str:
-        """Where a sample stands: its file, its row and, of several, its text."""
+        """Where a sample comes from: its file, its row and, of several texts, which one."""
         return f"{where}, text {part + 1}" if self.has_parts else where
 
     def sample(self, read: Callable[[], dict], part: int, name: str) -> Conversation:

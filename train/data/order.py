@@ -16,11 +16,11 @@ class OrderedSamples(Dataset):
 
     Args:
         samples: a sequence of `Conversation`s.
-        indices: those of them to train on.
-        lengths: tokens of each of `indices`, to group them by; `None` to shuffle without a look at them.
-        seed: of order and samples.
-        failed: seeds of samples that failed when the run was at them before it was interrupted. Padding samples take their
-            place again, also if their images can be read now.
+        indices: of the samples to train on.
+        lengths: tokens of each of `indices`, to group them by; `None` to shuffle regardless of length.
+        seed: for the order and the samples' own randomness.
+        failed: seeds of samples that failed before the run was interrupted. Padding samples replace them again, even if
+            their images can be read now.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class OrderedSamples(Dataset):
 
 
 class EpochSampler(Sampler):
-    """The keys of an `OrderedSamples` in the order of the epoch that `epoch` says.
+    """The keys of an `OrderedSamples` in the order of epoch `epoch`.
 
     Args:
         samples: the data set.
-        batch_size: samples of an optimiser step, which are of similar length if they are grouped.
+        batch_size: samples per optimiser step, of similar length if they are grouped.
         multiple: padding samples follow the last sample until the count is a multiple of this (processes times device
             batch), so that every process has as many full batches as the others and no sample counts twice.
     """
@@ -68,15 +68,15 @@ class EpochSampler(Sampler):
 
 
 class StreamedSamples(IterableDataset):
-    """Samples of a stream without an end, encoded; each is read by exactly one process and worker.
+    """The encoded samples of an endless stream; each is read by exactly one process and worker.
 
     Args:
         stream: a `Stream` or `MixedStream`.
         encode: takes a `Conversation`, gives what is yielded, and raises a ValueError if it cannot be trained on.
-        report: called with the name and the reason of each sample of the first epoch that cannot, and with `read`, how many
-            this worker has read.
-        seed: of order and samples.
-        rank, processes: which of how many processes this is.
+        report: called with the name and the reason of each sample of the first epoch that cannot, and with `read`, the
+            number that this worker has read.
+        seed: for the order and the samples' own randomness.
+        rank, processes: the index of this process, and how many there are.
     """
 
     def __init__(self, stream, encode: Callable, report: Callable, seed: int, rank: int = 0, processes: int = 1):

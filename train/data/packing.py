@@ -5,13 +5,13 @@ The samples of an optimiser step stay the same with and without packing; only th
 
 import heapq
 
-SLACK = 0.01  # of the slots, given up for shorter rows, whose attention is cheaper
+SLACK = 0.01  # of the slots, traded for shorter rows, whose attention is cheaper
 
 
 def pack(lengths: list[int], max_tokens_per_row: int) -> list[list[int]]:
     """Distributes samples over rows of about equal length.
 
-    For each possible number of rows the longest sample goes to the shortest row, again and again; of the layouts whose
+    For each possible number of rows, the longest sample left goes to the shortest row, repeatedly; of the layouts whose
     rows fit, the one with the fewest slots (rows times the longest row) wins, and of about equal ones that with the
     shortest rows.
 

@@ -1,8 +1,8 @@
-"""Raw rows of a data set, wherever it lies: by number, or as a stream of which each reader reads only its share.
+"""Raw rows of a data set, wherever it is stored: by index, or as a stream of which each reader reads only its share.
 
-JSON is read here rather than by `datasets`, which wants one type a column and gives up at the first bad line: of real
-files, one bad row is then one bad row. A file stays where it is, mapped into memory; only the places of its rows are kept,
-and a row is parsed when it is asked for. Everything else goes through `datasets`.
+JSON is read here rather than by `datasets`, which wants one type per column and gives up at the first bad line; here
+one bad row costs only that row. A file is mapped into memory, not loaded; only the offsets of its rows are kept, and a row
+is parsed when it is asked for. Everything else goes through `datasets`.
 """
 
 import codecs
@@ -27,16 +27,16 @@ CHUNK = 2**26  # bytes searched for ends of lines at once
 NO_WHITESPACE = re.compile(r"[^ \t\n\r]")
 DECODER = json.JSONDecoder()
 
-# where a row stands, and what reads it: a dictionary, or a ValueError
+# where a row is, and a function that reads it: a dictionary, or a ValueError
 Row = tuple[str, Callable[[], dict]]
 
 
 class JsonRows:
-    """Rows of .json or .jsonl files, by number.
+    """Rows of .json or .jsonl files, by index.
 
     Args:
         files: paths, all of one kind.
-        split: the rows whose own key `split` says so, and those without one; `None` for all. `a+b` is both.
+        split: keep the rows whose key `split` has this value, and those without one; `None` for all. `a+b` is both.
         field: the key of a .json file's list of rows; `None` if the file is that list.
 
     Raises:
@@ -46,7 +46,7 @@ class JsonRows:
     def __init__(self, files: list[str], split: str | None = None, field: str | None = None):
         self.files = files
         self._maps: dict[int, mmap.mmap | bytes] = {}
-        places = []  # (row, 4) of each file: its index, first byte, the byte after the last, number of the row
+        places = []  # (rows, 4) per file: index of the file, first byte, the byte after the last, number of the row
         for number, file in enumerate(files):
             spans = _line_spans(file) if file.endswith(".jsonl") else _list_spans(file, field)
             places.append(np.column_stack([np.full(len(spans), number), spans, np.arange(1, len(spans) + 1)]))
@@ -88,7 +88,7 @@ class JsonRows:
 
 
 class TableRows:
-    """Rows of a `datasets` table, by number."""
+    """Rows of a `datasets` table, by index."""
 
     def __init__(self, table, name: str):
         self.table, self.name = table, name
@@ -104,15 +104,15 @@ class TableRows:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the rows do: what `datasets` made of the files it read."""
+        """Changes when the rows do; computed by `datasets`."""
         return self.table._fingerprint
 
 
 class RowStream(ABC):
     """Rows one after the other, from the start each time they are asked for.
 
-    Several readers read the files (or shards) between them; where there are fewer files than readers, those of one file
-    read different rows of it.
+    Several readers share the files (or shards); where there are fewer files than readers, those of one file read
+    different rows of it.
 
     Args:
         name: of the data set.
@@ -132,7 +132,7 @@ class RowStream(ABC):
 
 
 class LineStream(RowStream):
-    """The lines of .jsonl files. Of a file that several read, each reads the lines that start in its part of the bytes."""
+    """The lines of .jsonl files. Readers that share a file each read the lines that start in their part of the bytes."""
 
     def __init__(self, files: list[str], name: str, split: str | None):
         super().__init__(name, split)
@@ -168,7 +168,7 @@ class ListStream(RowStream):
 
 
 class TableStream(RowStream):
-    """The rows of a `datasets` stream, by its shards; only those of the reader's own become Python objects."""
+    """The rows of a `datasets` stream, by its shards; only the reader's own become Python objects."""
 
     def __init__(self, table, name: str, split: str | None):
         super().__init__(name, split)
@@ -194,7 +194,7 @@ def read_rows(
     Args:
         path: a .json or .jsonl file, a .parquet file, a glob of such files, a folder that holds some, or the name of a
             data set on the Hub.
-        split: of a data set; of JSON rows, those whose own key `split` says so, and those without one. `a+b` is both.
+        split: of a data set; of JSON rows, those whose key `split` has this value, and those without one. `a+b` is both.
         streaming: read while training.
         field: where in a JSON file the list of rows is.
 
@@ -250,7 +250,7 @@ def _mapped(file: str) -> mmap.mmap | bytes:
 
 
 def _line_spans(file: str) -> np.ndarray:
-    """(row, 2): first byte, and the one after the last, of each line."""
+    """(rows, 2): first byte, and the one after the last, of each line."""
     content = np.frombuffer(_mapped(file), dtype=np.uint8)
     chunks = range(0, len(content), CHUNK)
     found = [np.flatnonzero(content[start : start + CHUNK] == LINE_FEED) + start for start in chunks]
@@ -262,7 +262,7 @@ def _line_spans(file: str) -> np.ndarray:
 
 
 def _line_feeds(file: BinaryIO, size: int) -> int:
-    """How many there are in the first `size` bytes of a file, which is left there."""
+    """The number of line feeds in the next `size` bytes of a file, which are thereby read."""
     count = 0
     while size > 0:
         chunk = file.read(min(size, CHUNK))
@@ -272,7 +272,7 @@ def _line_feeds(file: BinaryIO, size: int) -> int:
 
 
 def _list_spans(file: str, field: str | None) -> np.ndarray:
-    """As `_line_spans`, of the entries of a JSON list, which are parsed one by one for it."""
+    """As `_line_spans`, of the entries of a JSON list, which are parsed one by one to find them."""
     content = Path(file).read_bytes()
     mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     try:
@@ -280,7 +280,7 @@ def _list_spans(file: str, field: str | None) -> np.ndarray:
         start = _list_start(text, field)
         if start is not None:
             return _entry_spans(text, start, is_whole=field is None) + mark
-        json.loads(text)  # to say what is broken, if something is
+        json.loads(text)  # raises where something is broken
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
     except UnicodeDecodeError as error:
@@ -307,7 +307,7 @@ def _list_start(text: str, field: str | None) -> int | None:
 
 
 def _entry_spans(text: str, place: int, is_whole: bool) -> np.ndarray:
-    """Of the list whose bracket is at `place`, with nothing after it if it is the whole file."""
+    """As `_list_spans`, of the list whose bracket is at `place`; nothing may follow it if it is the whole file."""
     is_ascii = text.isascii()
 
     def size(start: int, end: int) -> int:
@@ -343,7 +343,7 @@ def _expect(text: str, place: int, sign: str) -> int:
 
 
 def _files(path: str) -> list[str]:
-    """The files a path stands for; none if it is to be a Hub id."""
+    """The files a path stands for; none if it can only be a Hub id."""
     if any(sign in path for sign in "*?["):
         files = sorted(glob.glob(path, recursive=True))
         if not files:
@@ -391,7 +391,7 @@ def _table(path: str, files: list[str], split: str, streaming: bool):
 
 
 def _of_split(files: list[str], split: str, path: str) -> list[str]:
-    """Of the files of a folder those of a split, where their names tell splits apart (train-00000-of-00004.parquet)."""
+    """The files of a folder that belong to a split, where file names tell splits apart (train-00000-of-00004.parquet)."""
     splits = {file: re.split("[^a-z]", Path(file).name)[0] for file in files}
     if not set(splits.values()) & set(SPLITS):
         return files

@@ -1,8 +1,8 @@
-"""Which samples can be trained on: each is checked before training, and what cannot be used is written down.
+"""Which samples can be trained on: each is checked before training, and those that cannot be used are reported.
 
 Nothing is dropped silently: rows read = rows trained on + rows in skipped.jsonl. The check reads a sample's row and the
-headers of its images; what only decoding or tokenizing shows comes up in training, where a padding sample then takes the
-sample's place.
+headers of its images; what only decoding or tokenizing shows comes up in training, where a padding sample then replaces
+the sample.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from prefixvlm.train.data.collator import ConversationCollator, Encoded
 from prefixvlm.train.data.conversation import Conversation
 
 BATCH = 64
-BARRIER_EVERY = 1000  # samples, after which processes wait for each other, so that none waits for all of another's
-FIRST_VERDICT = 1000  # samples of a stream, before which their share says little
+BARRIER_EVERY = 1000  # samples; processes then wait for each other, so that none waits for another's whole share
+FIRST_VERDICT = 1000  # samples of a stream; before, the share of failures says little
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Screened:
 
     Attributes:
         indices: of the samples that can be trained on.
-        lengths: tokens of each of them, images included; empty if nobody asked.
-        supervised: tokens of each of them that are learnt; as `lengths`.
+        lengths: tokens of each of them, images included; empty if not measured.
+        supervised: supervised tokens of each of them; as `lengths`.
         images: of each of them.
         skipped: (index, name, reason) of the others.
     """
@@ -47,7 +47,7 @@ class Screened:
 
     @classmethod
     def joined(cls, parts: "list[Screened]") -> "Screened":
-        """The verdict on a whole of which each process has had every so-manieth sample, in the order of the samples."""
+        """The verdict on a data set of which every process has checked a share, in the order of the samples."""
         order = sorted((index, part, place) for part, one in enumerate(parts) for place, index in enumerate(one.indices))
         whole = cls([index for index, _, _ in order], skipped=sorted(row for part in parts for row in part.skipped))
         for name in ("lengths", "supervised", "images"):
@@ -62,7 +62,7 @@ class Screening:
 
     Args:
         folder: gets a file for each data set.
-        resume: take up the verdicts that are there.
+        resume: use the verdicts that are there.
         workers: processes that check, for each process of the run.
     """
 
@@ -153,7 +153,7 @@ class _Checks(torch.utils.data.Dataset):
         try:
             measured = iter(self.collator.lengths([found for found in checked if not isinstance(found, str)]))
             return [found if isinstance(found, str) else self._measured(found, *next(measured)) for found in checked]
-        except ValueError:  # one by one, to find whose fault it is
+        except ValueError:  # one by one, to find which one fails
             return [found if isinstance(found, str) else self._measured_alone(found) for found in checked]
 
     def _checked(self, index: int) -> Conversation | str:
@@ -214,14 +214,14 @@ def encode_one(collator: ConversationCollator, sample: Conversation, max_length:
 
 
 class Report:
-    """The file that names every sample that is not trained on, and the end of a run that has too many of them.
+    """Writes down every sample that is not trained on, and stops a run that has too many of them.
 
-    Each process and worker adds lines of its own.
+    Each process and worker appends its own lines.
 
     Args:
         path: a .jsonl file.
         limit: the share of the samples that may be unusable.
-        read: how many samples there are; of a stream, how many were read so far goes with each failure.
+        read: the number of samples; for a stream, the number read so far is passed with each failure.
     """
 
     def __init__(self, path: Path, limit: float, read: int = 0):
@@ -231,7 +231,7 @@ class Report:
         self.first = ""
 
     def start(self, skipped: Iterable[tuple[int, str, str]]) -> None:
-        """Takes in what screening has found; the main process writes it, and keeps the failures of an interrupted run."""
+        """Takes over what screening has found; the main process writes it, and keeps the failures of an interrupted run."""
         found = [(name, reason) for _, name, reason in skipped]
         if PartialState().is_main_process:
             failed = [line for line in self._lines() if "occurrence" in line]
@@ -248,11 +248,11 @@ class Report:
         return {line["occurrence"] for line in self._lines() if "occurrence" in line}
 
     def add(self, name: str, reason: str, occurrence: str | None = None, read: int | None = None) -> None:
-        """Writes a sample down as it turns out unusable.
+        """Records a sample that turns out to be unusable.
 
         Args:
             occurrence: its seed, in map-style training.
-            read: how many samples of a stream were read; then too many failures raise at once.
+            read: the number of samples read, for a stream; too many failures then raise at once.
 
         Raises:
             ValueError: if a stream has too many.
@@ -267,7 +267,7 @@ class Report:
             self.refuse_if_too_many()
 
     def exchange(self) -> None:
-        """Counts what all processes have found, in each of them.
+        """Shares the failures that any process has found with all of them.
 
         Raises:
             ValueError: as `refuse_if_too_many`.
@@ -276,7 +276,7 @@ class Report:
         self.refuse_if_too_many()
 
     def refuse_if_too_many(self) -> None:
-        """Stops a run whose data is worse than it should be.
+        """Stops a run with too many unusable samples.
 
         Raises:
             ValueError: if more than `limit` of the samples cannot be used.

@@ -1,4 +1,4 @@
-"""Where training samples come from: data sets by the name of their form, mixtures of them, at hand or streamed."""
+"""Where training samples come from: data sets by the name of their form, mixtures of them, indexed or streamed."""
 
 import hashlib
 import inspect
@@ -16,9 +16,9 @@ from prefixvlm.train.data.forms import CaptionsForm, Form, KarpathyForm, LlavaFo
 from prefixvlm.train.data.rows import JsonRows, RowStream, TableRows, read_rows
 from prefixvlm.train.recipes.checking import did_you_mean, refuse_unknown_keys
 
-SHUFFLE_BUFFER = 1000  # samples a stream is shuffled among
+SHUFFLE_BUFFER = 1000  # samples that a stream is shuffled in
 
-# where a sample of a stream stands, and what makes it, which may raise a ValueError
+# where a sample of a stream comes from, and a function that makes it, which may raise a ValueError
 Maker = tuple[str, Callable[[], Conversation]]
 
 
@@ -49,7 +49,7 @@ def is_stream(samples) -> bool:
 
 
 class Samples:
-    """Conversations by number, made from rows when they are asked for.
+    """Conversations by index, made from rows when they are asked for.
 
     Args:
         rows: a `JsonRows` or `TableRows`.
@@ -75,7 +75,7 @@ class Samples:
         return row, index - (int(self._ends[row - 1]) if row else 0)
 
     def name(self, index: int) -> str:
-        """Where a sample stands: its file, its row and, of several, its text."""
+        """Where a sample comes from: its file, its row and, of several texts, which one."""
         row, part = self._place(index)
         return self.form.name(self.rows.where(row), part)
 
@@ -89,7 +89,7 @@ class Samples:
 
 
 class InMemory(list):
-    """Conversations that are all there."""
+    """A list of conversations, as samples."""
 
     def name(self, index: int) -> str:
         return self[index].name
@@ -192,7 +192,7 @@ class MixedStream:
 def llava(
     path: str, images: str | None = None, split: str = "train", streaming: bool = False, shuffle_buffer: int | None = None
 ):
-    """Rows of LLaVA's form; `read_rows` says what `path` may be. Images lie below `images`, by default beside `path`."""
+    """Rows of LLaVA's form; see `read_rows` for `path`. Image paths are relative to `images`, by default `path`'s folder."""
     return _samples(read_rows(path, split, streaming), LlavaForm(_image_folder(path, images)), shuffle_buffer)
 
 

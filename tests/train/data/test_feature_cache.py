@@ -89,7 +89,7 @@ def test_processes_share_what_each_has_written(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
-def test_damaged_features_are_computed_anew(tmp_path, damage):
+def test_damaged_features_are_computed_again(tmp_path, damage):
     model, pixels = tiny_model(), images(3)
     cache = cache_in(tmp_path, model)
     expected = cache.complete(cache.look_up(pixels), Encoder(model))

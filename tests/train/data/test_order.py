@@ -1,4 +1,4 @@
-"""The order of an epoch: a shuffle or groups of like lengths, the same for the same seed, nothing lost."""
+"""The order of an epoch: a shuffle or groups of similar lengths, the same for the same seed, nothing lost."""
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ def order(sampler: EpochSampler, epoch: int = 0) -> list[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.booleans(), st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
-def test_every_sample_comes_once_and_fillers_make_up_the_multiple(count, grouped, batch_size, multiple, epoch):
+def test_every_sample_comes_once_and_padding_samples_make_up_the_multiple(count, grouped, batch_size, multiple, epoch):
     sampler = EpochSampler(ordered(count, list(range(count)) if grouped else None), batch_size, multiple)
     sampler.epoch = epoch
     keys = list(sampler)
@@ -37,7 +37,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(order(one, epoch)) for epoch in range(5)} | {tuple(order(other))}) == 6
 
 
-def test_grouped_batches_hold_like_lengths():
+def test_grouped_batches_hold_similar_lengths():
     lengths = [(37 * index) % 101 for index in range(400)]
     sampler = EpochSampler(ordered(400, lengths), 8, 1)
     indices = order(sampler)

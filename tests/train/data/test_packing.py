@@ -29,7 +29,7 @@ def test_each_sample_is_in_one_row_and_rows_fit(lengths, max_tokens_per_row):
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(1, 600))
-def test_packing_never_takes_more_than_one_row_a_sample(lengths, max_tokens_per_row):
+def test_packing_never_takes_more_than_one_row_per_sample(lengths, max_tokens_per_row):
     rows = pack(lengths, max_tokens_per_row)
     width = max(sum(lengths[index] for index in row) for row in rows)
     assert len(rows) * width <= 1.01 * len(lengths) * max(lengths)
@@ -114,7 +114,7 @@ def test_a_document_does_not_predict_the_first_token_of_the_next():
     assert torch.equal(model(**batch, num_items_in_batch=1, skip_logits=True).loss, clean)
 
 
-def test_fillers_teach_nothing():
+def test_padding_samples_have_no_loss():
     (sample,) = samples(random.Random(2), 1)
     batch = ConversationCollator(PROCESSOR, "conversation")([sample, replace(sample, is_padding_sample=True)])
     assert (batch["labels"][0] != -100).any()

@@ -1,4 +1,4 @@
-"""Rows by number and as streams: the same rows, each read by one reader alone, each named by its file and number."""
+"""Rows by index and as streams: the same rows, each read by one reader alone, each named by its file and number."""
 
 import json
 from collections import Counter
@@ -60,7 +60,7 @@ def test_a_list_is_cut_where_its_entries_are(entries, other, indent, is_ascii, e
 
 
 @pytest.mark.parametrize("content", ["[", "[{}", '[{} {"a": 1}]', "[{},]", "[] []", '{"images": [{}, ]}', '{"images" []}'])
-def test_a_broken_list_is_told(content, tmp_path):
+def test_a_broken_list_is_named(content, tmp_path):
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(ValueError, match=r"rows.json is not valid JSON: .* line 1 column \d+"):
         read_rows(str(tmp_path / "rows.json"), None, field="images" if content.startswith("{") else None)

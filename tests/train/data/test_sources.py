@@ -1,4 +1,4 @@
-"""Sources: what they make of their rows, at hand and streamed, and how they refuse bad ones."""
+"""Sources: what they make of their rows, indexed and streamed, and how they refuse bad ones."""
 
 import io
 import json
@@ -272,7 +272,7 @@ def test_mixture_of_streams_keeps_weights(folder):
     assert answers.count("b") / len(answers) == pytest.approx(0.8, abs=0.05)
 
 
-def test_a_stream_is_shuffled_anew_each_epoch_and_loses_nothing(folder):
+def test_a_stream_is_reshuffled_each_epoch_and_loses_nothing(folder):
     path = write_rows(folder, [{**VQA_ROW, "answer": str(i)} for i in range(50)], "x.jsonl")
     stream = sources.load("vqa", path=path, streaming=True, shuffle_buffer=10)
     first, again, other = ([make().caption for _, make in stream.epoch(seed)] for seed in ("0", "0", "1"))

@@ -22,10 +22,10 @@ def load_image(source, name: str = "the image") -> Image.Image:
     Args:
         source: a PIL image, path, URL, bytes, open file, array (H, W, C) or (H, W), tensor (C, H, W), or the
             `{"bytes": ..., "path": ...}` of a datasets row.
-        name: what to call an image that has no path of its own in an error.
+        name: what errors call an image that has no path.
 
     Returns:
-        An RGB image, turned as its EXIF tag asks, transparent parts on white, 16-bit greys scaled to 8.
+        An RGB image, rotated as its EXIF tag says, transparent parts on white, 16-bit greys scaled to 8 bits.
 
     Raises:
         ValueError: if it is missing, truncated, no image, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -34,7 +34,7 @@ def load_image(source, name: str = "the image") -> Image.Image:
 
 
 def check_image(source, name: str = "the image") -> None:
-    """Opens an image as far as its header, which costs a small part of decoding it. A URL is not fetched.
+    """Reads an image's header, at a fraction of the cost of decoding it. A URL is not fetched.
 
     Raises:
         ValueError: as `load_image`, for what the header shows.
@@ -67,7 +67,7 @@ def _opened(source, name: str, read: Callable):
         raise ValueError(f"{name} is too large ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
     except Exception as error:  # on a damaged file the decoders raise errors of many kinds
         if isinstance(error, UnidentifiedImageError):
-            reason = "its content is of no image format that Pillow reads"
+            reason = "it is in no image format that Pillow reads"
         else:
             reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} cannot be read as an image ({reason}); replace or remove it.") from error
@@ -106,7 +106,7 @@ def _from_array(source) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """What PIL would do by cutting off all above 255, and so show a white square."""
+    """Scales values to 8 bits; PIL would clip everything above 255, leaving a white square."""
     largest = values.max(initial=0)
     if values.dtype.kind == "f":
         values = np.rint(values * 255 if largest <= 1 else values)
@@ -118,7 +118,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # I, I;16 and its kin, F
+    if image.mode[0] in "IF":  # I, I;16 and its variants, F
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
     elif image.has_transparency_data:
         image = image.convert("RGBA")

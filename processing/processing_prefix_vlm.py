@@ -29,7 +29,7 @@ IMAGE_PARTS = ("image", "image_url")  # of a message
 TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__)
 IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__) | {"do_convert_rgb"}
 
-# ChatML, with the image before the first turn as the paper's sequence asks: <im>*P INST1 ans1 INST2 ans2 (section III-D).
+# ChatML, with the image before the first turn as the paper's sequence has it: <im>*P INST1 ans1 INST2 ans2 (section III-D).
 # Of several images, those that open the first message go to the front and the others stay where they were put.
 # message['role'], not message.role: Jinja's sandbox examines every attribute at length.
 CHAT_TEMPLATE = """\
@@ -88,7 +88,7 @@ def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
 
 def siglip_image_processor(image_size: int, **kwargs):
     """SigLIP's image processor for square images of `image_size` pixels; needs no torchvision."""
-    # on transformers 5 the class of the plain name is the one for torchvision, and to look at it is to be warned
+    # on transformers 5 the plain name is the class for torchvision, and merely accessing it warns
     has_pil_class = hasattr(transformers, "SiglipImageProcessorPil")
     image_processor = transformers.SiglipImageProcessorPil if has_pil_class else transformers.SiglipImageProcessor
     return image_processor(size={"height": image_size, "width": image_size}, **kwargs)
@@ -160,12 +160,12 @@ class PrefixVLMProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, return_labels: bool = False, **kwargs) -> BatchFeature:
         """Prepares images and raw text.
 
-        Where each image stands is said by `image_token` in the text, once an image. A text that does not have exactly as
-        many as its images gets them in front, and the image tokens in it count as words that somebody typed. Turn tokens
-        stay what they are, since rendered conversations pass here too; `apply_chat_template` guards against typed ones.
+        `image_token` in the text marks the place of one image. If a text does not have exactly one per image, its images go
+        in front, and the image tokens in it are kept as typed words. Turn tokens are left alone, since rendered
+        conversations are passed here too; `apply_chat_template` guards against typed ones.
 
         Args:
-            images: one image, a list (dealt out to the texts in order), or a list of lists, one for each text. Any form
+            images: one image, a list (assigned to the texts in order), or a list of lists, one for each text. Any form
                 that `load_image` opens.
             text: one text or a list.
             return_labels: also give labels, the ids of all text tokens, -100 at images and padding.
@@ -177,13 +177,13 @@ class PrefixVLMProcessor(ProcessorMixin):
             is a batch of one, as for the processors of transformers.
 
         Raises:
-            ValueError: for an image that cannot be used, images that cannot be dealt out, or a `max_length` that would
+            ValueError: for an image that cannot be used, images that cannot be assigned, or a `max_length` that would
                 cut through an image.
         """
         if images is None and text is None:
             raise ValueError("Give the processor images, text or both.")
         text_kwargs, image_kwargs, unknown = self._sorted_kwargs(kwargs)
-        # evaluation suites hand every processor its lists of videos and audios, also empty ones
+        # evaluation suites pass lists of videos and audios to every processor, even empty ones
         if unused := [name for name, value in unknown.items() if not (value is None or value == [])]:
             raise TypeError(f"The processor does not know the argument(s) {', '.join(unused)}.")
         if text is None:
@@ -192,7 +192,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         groups = self._images_by_text(images, texts)
         texts = [self._with_images(sample, len(group)) for sample, group in zip(texts, groups, strict=True)]
         bos = self.tokenizer.bos_token
-        if bos and texts and texts[0].startswith(bos):  # rendered, so that it has all its special tokens
+        if bos and texts and texts[0].startswith(bos):  # rendered already, with all its special tokens
             text_kwargs["add_special_tokens"] = False
         samples = [[(sample, True)] for sample in texts]
         return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
@@ -327,7 +327,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         if all(isinstance(group, list | tuple) for group in images):
             if len(images) != len(texts):
                 raise ValueError(
-                    f"There are {len(texts)} texts, but {len(images)} groups of images; give one group a text."
+                    f"There are {len(texts)} texts, but {len(images)} groups of images; give one group per text."
                 )
             return [list(group) for group in images]
         if len(texts) == 1:
@@ -336,7 +336,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         if sum(counts) != len(images):
             if len(images) != len(texts):
                 raise ValueError(
-                    f"{len(images)} images cannot be dealt out to {len(texts)} texts; give a list of images for each text."
+                    f"{len(images)} images cannot be assigned to {len(texts)} texts; give a list of images for each text."
                 )
             counts = [1] * len(texts)
         left = iter(images)
@@ -353,7 +353,7 @@ class PrefixVLMProcessor(ProcessorMixin):
     def _encode(self, samples, groups, text_kwargs: dict, image_kwargs: dict, with_labels: bool) -> BatchFeature:
         """Tokenizes samples of (text, supervised) pieces, pads them and adds the images.
 
-        The pieces of a sample are tokenized one by one, so that no token can straddle the border of an answer.
+        The pieces of a sample are tokenized one by one, so that no token straddles the border of an answer.
         """
         truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
         max_length: Any = text_kwargs.get("max_length")
@@ -421,7 +421,7 @@ def _as_list(images) -> list:
 
 
 def _rows_repeated(image):
-    """An image one or three pixels high, whose rows transformers would take for channels, as a higher one."""
+    """Makes an image one or three pixels high higher, since transformers would take its rows for channels."""
     return image.resize((image.width, 4 * image.height), resample=0) if image.height in (1, 3) else image
 
 
@@ -440,7 +440,7 @@ def _broken_up(text: str, token: str) -> str:
 
 
 def _is_supervised(labels):
-    """1 where a label is asked for, in the form the labels have: an array, a tensor, a list or a list of lists."""
+    """1 where there is a label, in the form of the labels: an array, a tensor, a list or a list of lists."""
     if hasattr(labels, "shape"):
         return (labels != IGNORE_INDEX) * 1
     return [_is_supervised(label) if isinstance(label, list) else int(label != IGNORE_INDEX) for label in labels]
@@ -456,7 +456,7 @@ def _split(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
 
 
 def _padded_width(lengths: list[int], padding, max_length: int | None, multiple: int | None) -> int:
-    """How long every row is to be at least, for the `padding` of transformers' tokenizers."""
+    """The minimum length of every row, for the `padding` of transformers' tokenizers."""
     strategy = PaddingStrategy.LONGEST if padding is True else PaddingStrategy(padding or "do_not_pad")
     if strategy == PaddingStrategy.DO_NOT_PAD or not lengths:
         return 0
@@ -474,7 +474,7 @@ def _pad(rows: list[list[int]], width: int, value: int, left: bool) -> list[list
 
 
 def _make_readable_by_4x(folder):
-    """Renames what transformers 5 writes of a tokenizer to what 4.x and 5.x both read."""
+    """Renames the tokenizer settings that transformers 5 writes to names that 4.x and 5.x both read."""
     path = os.path.join(folder, "tokenizer_config.json")
     with open(path, encoding="utf-8") as file:
         config = json.load(file)

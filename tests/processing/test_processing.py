@@ -194,7 +194,7 @@ def test_the_image_stands_where_its_token_does_and_else_in_front():
     assert image_positions(two) == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
-def test_images_are_dealt_out_in_order():
+def test_images_are_assigned_to_texts_in_order():
     groups = [[picture(1)], [], [picture(2), picture(3)]]
     nested = PROCESSOR(images=groups, text=["a", "b", "c"], return_tensors="np", padding=True)
     assert [row.count(IMAGE_TOKEN_ID) for row in nested["input_ids"].tolist()] == [P, 0, 2 * P]
@@ -211,13 +211,13 @@ def test_images_are_dealt_out_in_order():
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [
-        ([0, 1, 2], ["a", "b"], "3 images cannot be dealt out to 2 texts"),
-        ([0], [f"{IMAGE}{IMAGE}a", "b"], "1 images cannot be dealt out to 2 texts"),
+        ([0, 1, 2], ["a", "b"], "3 images cannot be assigned to 2 texts"),
+        ([0], [f"{IMAGE}{IMAGE}a", "b"], "1 images cannot be assigned to 2 texts"),
         ([[0], [1], [2]], ["a", "b"], "2 texts, but 3 groups"),
         ([[0]], ["a", "b"], "2 texts, but 1 groups"),
     ],
 )
-def test_images_that_cannot_be_dealt_out_are_refused(images, texts, message):
+def test_images_that_cannot_be_assigned_are_refused(images, texts, message):
     images = [[picture(i) for i in group] if isinstance(group, list) else picture(group) for group in images]
     with pytest.raises(ValueError, match=message):
         PROCESSOR(images=images, text=texts)

@@ -1,4 +1,4 @@
-"""A decoder with 8-bit weights: generation on a CPU is limited by memory bandwidth, and they take half the bytes of bfloat16.
+"""A decoder with 8-bit weights: generation on a CPU is limited by memory bandwidth, and they halve the bytes of bfloat16.
 
 Symmetric, one scale per row of a weight (absolute maximum over 127), no calibration; multiplied by torch's own packed
 product, so nothing has to be compiled or installed.

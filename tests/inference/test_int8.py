@@ -108,7 +108,7 @@ def test_logits_stay_near_and_generation_runs(dtype):
 
 
 def test_saving_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="cannot be saved; save the model that it was made of"):
+    with pytest.raises(ValueError, match="cannot be saved; save the model that it was made from"):
         quantize_int8(tiny_model()).save_pretrained(tmp_path)
 
 

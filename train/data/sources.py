@@ -192,7 +192,7 @@ class MixedStream:
 def llava(
     path: str, images: str | None = None, split: str = "train", streaming: bool = False, shuffle_buffer: int | None = None
 ):
-    """Rows of LLaVA's form; see `read_rows` for `path`. Image paths are relative to `images`, by default `path`'s folder."""
+    """Rows of LLaVA's form; see `read_rows` for `path`. Images lie below `images`, by default the folder of `path`."""
     return _samples(read_rows(path, split, streaming), LlavaForm(_image_folder(path, images)), shuffle_buffer)
 
 

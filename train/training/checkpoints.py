@@ -1,6 +1,6 @@
-"""Checkpoints that can be told whole from broken, so that a run killed at any moment can go on.
+"""Checkpoints that can be verified as complete, so that a run killed at any moment can be resumed.
 
-A checkpoint is whole once it has `complete.json`, written last, and every file has the size noted there.
+A checkpoint is complete once it has `complete.json`, written last, and every file has the size recorded there.
 """
 
 import json
@@ -17,7 +17,7 @@ MANIFEST = "complete.json"
 
 
 class SealCheckpoints(TrainerCallback):
-    """Writes the manifest of every checkpoint when all processes have written their part."""
+    """Writes the manifest of every checkpoint once all processes have written their part."""
 
     def on_step_end(self, args, state, control, **kwargs):
         # the stage's own folder follows at once; and from a checkpoint of the last step `Trainer` would train one more
@@ -31,12 +31,12 @@ class SealCheckpoints(TrainerCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Notes the size of every file of a checkpoint."""
+    """Records the size of every file of a checkpoint."""
     write_atomically(checkpoint / MANIFEST, json.dumps(_sizes(checkpoint), indent=1))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end and nothing has been cut off it since."""
+    """Whether a checkpoint was written completely and has not been truncated since."""
     try:
         noted = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -45,7 +45,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that can be continued from; says on stderr which newer ones are broken."""
+    """The newest complete checkpoint in a folder; says on stderr which newer ones are broken."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if is_whole(checkpoint):

@@ -14,7 +14,7 @@ from torch import nn
 from prefixvlm.modeling_vlm.cpu_prefix_vlm import product_dtype
 from prefixvlm.train.recipes.stages import MODULES
 
-# dense bfloat16 rates of the makers' data sheets, in FLOP/s; the first name found in the device's counts
+# dense bfloat16 rates from the vendors' data sheets, in FLOP/s; the first name found in the device's is taken
 PEAK_RATES = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -48,14 +48,14 @@ def training_flops(
     supervised: float,
     encoded_images: float | None = None,
 ) -> float:
-    """Floating-point operations of training on some samples, by the count that MFU is usually quoted with.
+    """Floating-point operations of training on some samples, counted as is usual for MFU.
 
-    Two a weight and token forward, two more where a gradient runs back to the input of a weight, two more where the weight
-    trains; 4 T² D a layer forward for attention scores and their use, without a discount for masks, and twice that
+    Two per weight and token forward, two more where a gradient flows to the layer's input, two more where the weight
+    trains; 4 T² D per layer forward for the two products of attention, with nothing deducted for masks, and twice that
     backward. Activation checkpointing, padding, norms and activations are not counted.
 
     Args:
-        model: a PrefixVLM, also a wrapped one, also on the meta device.
+        model: a PrefixVLM, possibly wrapped or on the meta device.
         trains: for each of `MODULES` whether its trainable weights train.
         images: how many.
         tokens: image and text tokens of the decoder, without padding.
@@ -80,7 +80,7 @@ def training_flops(
                 weights -= head.numel()
                 trainable -= head.numel() if trains[module] and head.requires_grad else 0
             flops += 2 * supervised * head.numel() * (2 + (trains[module] and head.requires_grad))
-        # within a frozen decoder gradients run to the projector; a frozen encoder needs none
+        # gradients flow through a frozen decoder to the projector; a frozen encoder needs none
         gradient_runs = gradient_runs or trains[module]
         flops += 2 * seen[module] * (weights * (1 + gradient_runs) + trainable)
         if module in halves:

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefixvlm.train.recipes.schema import LoraRecipe
 from prefixvlm.train.recipes.stages import Stage
 
-# by the names that SigLIP, CLIP, Qwen, Llama and their kin give to attention and MLP layers
+# by the names that SigLIP, CLIP, Qwen, Llama and similar models give to attention and MLP layers
 LAYERS = {
     "vision_tower": "q_proj|k_proj|v_proj|out_proj|fc1|fc2",
     "projector": "linear_1|linear_2",
@@ -15,7 +15,7 @@ LAYERS = {
 
 
 def target_pattern(modules: Sequence[str]) -> str:
-    """A regular expression for whole paths of layers: a mere suffix such as q_proj would also hit the image encoder."""
+    """A regular expression for whole paths of layers: a suffix such as q_proj alone would also match the image encoder."""
     return "|".join(rf"(?:.*\.)?{module}\..*?(?:{LAYERS[module]})" for module in modules)
 
 

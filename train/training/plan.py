@@ -24,7 +24,7 @@ from prefixvlm.train.training.cost import training_flops
 from prefixvlm.train.training.run import all_texts, chosen_stages
 from prefixvlm.train.training.starting_model import PAPER_PAIR, build
 
-SAMPLE = 256  # rows that are looked at to learn how long they are
+SAMPLE = 256  # rows that are tokenized to estimate lengths
 TEXT_TOKENS = 128  # of a sample whose data cannot be read
 GIB = 2**30
 ADAM_BYTES = 8  # two moments in float32 for each weight that trains
@@ -53,7 +53,7 @@ class MeasuredStep:
 def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = False) -> str:
     """The plan of a recipe's stages as text. Trains nothing and writes nothing.
 
-    Weights are not looked for: their values change neither counts nor times.
+    Weights are not loaded: their values change neither counts nor times.
 
     Raises:
         ValueError: for stages that the recipe does not have, or a model whose shape cannot be read.
@@ -70,7 +70,7 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
     except ValueError:
         if (model_recipe.vision, model_recipe.text) != PAPER_PAIR:
             raise
-        # the tokenizer lies on the Hub; all else of the paper's pair is known
+        # the tokenizer is on the Hub; everything else about the paper's pair is built in
         config = PrefixVLMConfig.from_preset("paper", **model_recipe.config)
         model = PrefixVLMForConditionalGeneration(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,7 +78,7 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
         f"Model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_image_tokens} image tokens."
     ]
     if processor is None:
-        lines.append(f"The tokenizer cannot be loaded here: {TEXT_TOKENS} text tokens a sample are assumed.")
+        lines.append(f"The tokenizer cannot be loaded here: {TEXT_TOKENS} text tokens per sample are assumed.")
     total = 0.0
     for number in numbers:
         size = _size(sources[number], recipe.stages[number], processor, model.config.num_image_tokens)
@@ -86,7 +86,7 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
         lines += ["", *text]
         total += seconds or 0.0
     if total:
-        lines += ["", f"All of it: {_duration(total)} on one device like this."]
+        lines += ["", f"In total: {_duration(total)} on one device like this."]
     return "\n".join(lines)
 
 
@@ -103,7 +103,7 @@ def _source(stage_recipe: StageRecipe):
 def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> DataSize:
     assumed = (image_tokens + TEXT_TOKENS, TEXT_TOKENS, 1.0)
     if isinstance(samples, str):
-        how = f"the recipe's word; {samples.split(' (')[0].rstrip('.')}"
+        how = f"as the recipe says; {samples.split(' (')[0].rstrip('.')}"
         return DataSize(stage_recipe.expected_rows or 0, *assumed, how)
     streamed = is_stream(samples)
     rows = stage_recipe.max_steps * stage_recipe.stage.batch_size if streamed else len(samples)
@@ -121,7 +121,7 @@ def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> D
 
 
 def _some(samples) -> InMemory:
-    """Samples to look at, of a large data set some at random."""
+    """Samples to look at: of a large data set, a random subset."""
     if is_stream(samples):
         makers = (make for _, (_, make) in zip(range(SAMPLE), samples.epoch("0"), strict=False))
     else:
@@ -132,7 +132,7 @@ def _some(samples) -> InMemory:
         try:
             made.append(make())
         except ValueError as error:
-            made.append(Conversation(name=str(error)))  # which screening finds to have no text
+            made.append(Conversation(name=str(error)))  # which screening reports as having no text
     return made
 
 
@@ -157,10 +157,10 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
         f"Stage {stage.number}: {stage.attention_mode} attention, {stage.text_format}s"
         + (f", {stage.noise:.0%} noise" if stage.noise else ""),
         f"  rows        {size.rows:,} ({size.how})",
-        f"  tokens      {size.rows * size.tokens:,.0f} ({size.tokens:,.0f} a sample, {size.supervised:,.0f} learnt)",
+        f"  tokens      {size.rows * size.tokens:,.0f} ({size.tokens:,.0f} per sample, {size.supervised:,.0f} supervised)",
         f"  steps       {steps:,.0f} of {stage.batch_size} samples, {device_batch} at once",
         "  trains      " + ", ".join(f"{m} {trainable[m]:,} at {stage.learning_rates[m]:g}" for m in MODULES),
-        f"  FLOPs       {flops * seen:.3g} ({flops / 1e9:,.0f} G a sample)",
+        f"  FLOPs       {flops * seen:.3g} ({flops / 1e9:,.0f} G per sample)",
     ]
     if isinstance(measured, str):
         lines.append(f"  memory      {(weights + state) / GIB:.1f} GiB of weights, gradients and Adam, and activations")

@@ -24,7 +24,7 @@ from prefixvlm.train.training import run
 
 SHOWN_QUESTIONS = 6
 
-# Run by `python -c` where `import prefixvlm` fails, as for somebody who has only transformers.
+# Run by `python -c` where `import prefixvlm` fails, as for a user who has only transformers.
 FRESH_PROCESS = """
 import json, sys
 sys.modules["prefixvlm"] = None

@@ -1,7 +1,7 @@
-"""Runs a recipe: stage after stage, each from the last one's output.
+"""Runs a recipe: stage after stage, each from the previous one's output.
 
-Every output appears under its final name only when it is complete, and a run that was killed can go on where its last
-whole checkpoint is.
+Every output appears under its final name only when it is complete, and a run that was killed can be resumed from
+its last complete checkpoint.
 """
 
 import json
@@ -54,8 +54,8 @@ def processes() -> PartialState:
 def complete_or_absent(folder: Path, keep: bool = False):
     """A folder to write into that takes the name `folder` at the end, replacing what was there; on an error it does not.
 
-    Of several processes the main one makes and renames it, while the others wait. With `keep` what an earlier try left
-    stays.
+    Of several processes, the main one creates and renames it while the others wait. With `keep`, what an earlier attempt
+    left is kept.
     """
     partial = partial_folder(folder)
     if processes().is_main_process:
@@ -77,12 +77,12 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = Fal
     A first stage other than the recipe's first starts from the folder its predecessor left in `recipe.output`.
 
     Args:
-        resume: keep the stages that are finished, and go on with an unfinished one from its newest whole checkpoint.
+        resume: keep the stages that are finished, and resume an unfinished one from its newest complete checkpoint.
         random_init: start from random weights where the recipe names pretrained backbones.
 
     Raises:
-        ValueError: for stages that the recipe does not have, a missing predecessor, data that cannot be used, or a run to
-            be resumed that was another.
+        ValueError: for stages that the recipe does not have, a missing predecessor, data that cannot be used, or
+            `resume` in the folder of another run.
     """
     chosen = chosen_stages(recipe, only)
     output = Path(recipe.output)
@@ -134,7 +134,7 @@ def chosen_stages(recipe: Recipe, only: list[int] | None) -> list[int]:
 
 
 def all_texts(sources):
-    """For a tokenizer, all that is said, and by whom: the names of roles are part of every rendered conversation."""
+    """All texts and role names, to train a tokenizer on; role names are part of every rendered conversation."""
     for samples in sources:
         if is_stream(samples):
             raise ValueError("A tokenizer cannot be learnt from a stream; name one in model.tokenizer.")
@@ -160,7 +160,7 @@ def _settings(recipe: Recipe, number: int, samples, random_init: bool) -> dict:
         "random_init": random_init,
         "lora": recipe.lora.model_dump() if recipe.lora else None,
         **{name: getattr(recipe, name) for name in shared},
-        # which reader of a stream reads what hangs on how many there are
+        # which reader of a stream reads what depends on how many there are
         **({"readers": processes().num_processes * max(1, recipe.workers)} if is_stream(samples) else {}),
     }
 
@@ -174,7 +174,7 @@ def _refuse_another_run(folder: Path, settings: dict) -> None:
     changed = sorted(name for name in settings if settings[name] != old.get(name))
     if changed:
         raise ValueError(
-            f"{folder} is of another run, with other settings of {', '.join(changed)}; choose another output, or remove it."
+            f"{folder} belongs to a run with other settings of {', '.join(changed)}; choose another output, or remove it."
         )
 
 
@@ -194,14 +194,14 @@ class _StageRun:
                     "remove it."
                 )
             _refuse_another_run(self.checkpoint.parent, settings)
-            print(f"Stage {number} goes on from {self.checkpoint}.", flush=True)
+            print(f"Stage {number} resumes from {self.checkpoint}.", flush=True)
         self.record = _record(settings, recipe)
 
     def train(self, model, processor, start: str | None, evaluation: EvaluateByGeneration | None):
         """Trains the stage and returns its model.
 
         Args:
-            start: where the model was loaded from; `None` for one that was not.
+            start: where the model was loaded from; `None` if it was not.
         """
         recipe, stage = self.recipe, self.stage
         with complete_or_absent(self.folder, keep=self.checkpoint is not None) as partial:
@@ -294,13 +294,13 @@ def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str
     """Saves what a stage has trained; returns the model that the next one starts from.
 
     Args:
-        start: where the model came from that adapters were added to.
+        start: where the model under the adapters was loaded from.
     """
     if recipe.lora and recipe.lora.merge:
         adapter = folder / "adapter"
         trainer.save_model(str(adapter))
         (adapter / "training_args.bin").unlink(missing_ok=True)
-        if recipe.lora.quantize and start:  # what was rounded to few bits is not what adapters should be added to
+        if recipe.lora.quantize and start:  # adapters are merged into the original weights, not into quantised ones
             base, _ = load_model(start, recipe.model.dtype)
             model = lora.merged(adapter, base)
         else:
@@ -310,7 +310,7 @@ def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))
-        if trainer.is_sharded:  # and remains so; the next stage starts from a whole model
+        if trainer.is_sharded:  # and stays so; the next stage starts from an unsharded model
             processes().wait_for_everyone()
             model, _ = load_model(str(folder), recipe.model.dtype)
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
@@ -344,15 +344,15 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
     stage = stage_recipe.stage
     devices = processes().num_processes
     if devices == 1 and torch.cuda.device_count() > 1:
-        # `Trainer` would cut each batch into pieces, and images from their texts
+        # `Trainer` would split each batch, and separate images from their texts
         raise ValueError(
             f"This machine has {torch.cuda.device_count()} GPUs; start one process for each (torchrun --nproc-per-node "
-            f"{torch.cuda.device_count()} -m prefixvlm train ...), or choose one by CUDA_VISIBLE_DEVICES=0."
+            f"{torch.cuda.device_count()} -m prefixvlm train ...), or choose one with CUDA_VISIBLE_DEVICES=0."
         )
     device_batch = min(stage_recipe.device_batch_size, stage.batch_size)
     if stage.batch_size % (device_batch * devices):
         raise ValueError(
-            f"Stage {stage.number}: a batch of {stage.batch_size} cannot be cut into device batches of {device_batch} on "
+            f"Stage {stage.number}: a batch of {stage.batch_size} cannot be split into device batches of {device_batch} on "
             f"{devices} device(s); choose another device_batch_size."
         )
     return TrainingArguments(

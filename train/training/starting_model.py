@@ -1,4 +1,4 @@
-"""From a recipe's words about a model to the model and its processor."""
+"""From a recipe's `model` part to the model and its processor."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,12 +21,12 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, 
 
     Args:
         recipe: its `model` part.
-        texts: what a tokenizer of our own would learn from; read only if the recipe asks for one.
-        random_init: take only the shapes of pretrained backbones; their weights are not even looked for.
+        texts: to train a new tokenizer on; read only if the recipe asks for one.
+        random_init: take only the shapes of pretrained backbones; their weights are not loaded.
         quantize: as for `load`.
 
     Raises:
-        ValueError: for settings that do not go together or backbones that cannot be loaded.
+        ValueError: for settings that contradict each other or backbones that cannot be loaded.
     """
     if recipe.start is not None:
         return load(recipe.start, recipe.dtype, quantize)
@@ -98,7 +98,7 @@ def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with the tokens of our conversations, learnt from `texts`; any text can be encoded."""
+    """A byte-level BPE tokenizer with the conversation tokens, trained on `texts`; any text can be encoded."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

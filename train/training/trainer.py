@@ -1,4 +1,4 @@
-"""transformers' Trainer with one learning rate a module, the paper's cosine, our data order, and a log that says more."""
+"""transformers' Trainer with one learning rate per module, the paper's cosine, our data order, and a more detailed log."""
 
 import math
 import re
@@ -41,14 +41,14 @@ def cosine_with_floor(step: int, warmup_steps: int, total_steps: int, floor: flo
 class StageTrainer(Trainer):
     """Trains a PrefixVLM for one `Stage`.
 
-    Freezes what the stage freezes, gives every trainable parameter the rate of its module (with and without weight decay
-    apart), lets every rate end at exactly `stage.min_lr`, and computes logits at supervised positions only. Beside what
-    `Trainer` logs there are rates and gradient norms (before clipping) of each module, throughput, MFU and peak memory.
+    Freezes what the stage freezes, gives every trainable parameter the rate of its module (in groups with and without
+    weight decay), lets every rate end at exactly `stage.min_lr`, and computes logits at supervised positions only. Besides
+    what `Trainer` logs, it logs each module's rate and gradient norm (before clipping), throughput, MFU and peak memory.
 
     Args:
-        stage: the stage; its rates and schedule win over those of `args`.
+        stage: the stage; its rates and schedule override those of `args`.
         feature_cache: the `FeatureCache` that the collator looks images up in, if any.
-        report: the `Report` that samples are added to which fail in training.
+        report: the `Report` that records samples that fail in training.
         args, kwargs: as for `Trainer`.
     """
 
@@ -75,8 +75,8 @@ class StageTrainer(Trainer):
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         if self.is_sharded and self.feature_cache is not None:
-            # which images have to be encoded differs from process to process, and encoding would take all of them
-            raise ValueError("Sharded weights and a feature cache do not go together; leave out feature_cache_gb.")
+            # which images have to be encoded differs between processes, and with sharded weights all must encode together
+            raise ValueError("Sharded weights cannot be combined with a feature cache; leave out feature_cache_gb.")
 
     @property
     def is_sharded(self) -> bool:
@@ -140,7 +140,7 @@ class StageTrainer(Trainer):
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, StreamedSamples):
             return super().get_train_dataloader()
-        # each process reads its share of a stream; accelerate would share it out once more
+        # each process reads its share of a stream; accelerate would split it once more
         return torch.utils.data.DataLoader(
             self.train_dataset,
             batch_size=self.args.train_batch_size,
@@ -163,14 +163,14 @@ class StageTrainer(Trainer):
         inputs = {**inputs, "use_cache": False, "skip_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if is_noised is not None:
-            # in the order of token_losses: row by row, where a token is asked for
+            # in the order of token_losses: row by row, where there is a target
             targets_noised = is_noised[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
             self._meter.add("loss_noised", outputs.token_losses[targets_noised])
             self._meter.add("loss_clean", outputs.token_losses[~targets_noised])
         return (loss, outputs) if return_outputs else loss
 
     def before_epoch(self) -> None:
-        """Tells the sampler which epoch it is, which an interrupted run has to know too."""
+        """Tells the sampler which epoch it is, also in a resumed run."""
         if hasattr(self, "sampler"):
             self.sampler.epoch = math.floor(self.state.epoch + 1e-6)
 
@@ -180,7 +180,7 @@ class StageTrainer(Trainer):
             self._gradient_norms = gradient_norms(self.model.named_parameters(), module_of)
 
     def leave_out_of_throughput(self, seconds: float) -> None:
-        """Does as if so much less time had gone by since the last log."""
+        """Leaves these seconds out of the time since the last log."""
         self._meter.started += seconds
 
     def log(self, logs, *args, **kwargs):
@@ -194,7 +194,7 @@ class StageTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _norms_before_clipping(self, total: float | None) -> dict[str, float]:
-        # seen after clipping, which has scaled all alike; what it started from was their root sum of squares
+        # measured after clipping, which has scaled all alike; before, their root sum of squares was `total`
         norms = self.__dict__.pop("_gradient_norms", {})
         clipped = math.sqrt(sum(norm**2 for norm in norms.values()))
         scale = total / clipped if total and clipped else 1.0
@@ -240,7 +240,7 @@ class _Meter:
         self.started = time.perf_counter()
 
     def read(self) -> tuple[dict[str, torch.Tensor], float]:
-        """The sums and the seconds they were gathered in; starts anew."""
+        """The sums and the seconds they were gathered in; starts over."""
         sums, seconds = self.sums, time.perf_counter() - self.started
         self.clear()
         return sums, seconds

@@ -3,7 +3,7 @@
     killed_runs.py FOLDER SEED KILLS RECIPE.yaml ...
 
 Prints JSON, for each recipe and each kill of it: the checkpoints there were, and whether the resumed run ended with the
-very weights of the run that nobody disturbed. Forks, so that everything is imported only once.
+very weights of an undisturbed run. Forks, so that everything is imported only once.
 """
 
 import functools

@@ -40,7 +40,7 @@ def test_a_dry_run_counts_and_writes_nothing(rows, capsys):
     out = capsys.readouterr().out
     assert "rows        30 (tokens from 30 of the rows)" in out
     tokens = 4 + 9 + 1  # image, text, end
-    assert f"tokens      {30 * tokens} ({tokens} a sample, 10 learnt)" in out
+    assert f"tokens      {30 * tokens} ({tokens} per sample, 10 supervised)" in out
     assert "steps       16 of 4 samples" in out
     assert "steps       3 of 4 samples" in out
     assert "vision_tower 0 at 0, projector 544 at 0.001" in out
@@ -58,7 +58,7 @@ def test_the_paper_recipe_is_planned_without_the_hub(monkeypatch, capsys):
     assert [int(rows.replace(",", "")) for rows in re.findall(r"rows +([\d,]+)", out)] == [118000, 118000, 558000, 790000]
     assert [int(n.replace(",", "")) for n in re.findall(r"steps +([\d,]+)", out)] == [922, 922, 4360, 6172]
     assert "cannot be loaded" in out
-    assert "128 text tokens a sample are assumed" in out
+    assert "128 text tokens per sample are assumed" in out
 
 
 def small_paper(name, **overrides):

@@ -1,4 +1,4 @@
-"""Interrupted runs: resumed, they end with the weights of a run that nobody disturbed, to the bit."""
+"""Interrupted runs: resumed, they end with the weights of an undisturbed run, bit for bit."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def write_recipe(folder: Path, name: str = "recipe", *, streaming: bool = False,
 
 
 def killed_runs(folder: Path, kills: int, seed: int) -> dict[str, list[dict]]:
-    """For each kind of data what `killed_runs.py` says of its kills."""
+    """What `killed_runs.py` reports, for each kind of data."""
     recipes = {kind: write_recipe(folder, kind, **settings) for kind, settings in KINDS.items()}
     runs = folder / "runs"
     runs.mkdir()
@@ -95,7 +95,7 @@ class Stop(Exception):  # noqa: N818 - what a power cut is to a process
 
 
 def stopped_run(recipe, monkeypatch, step: int) -> Path:
-    """A run of stage 0 that ends after so many steps, as a kill would end it."""
+    """A run of stage 0 that ends at `step`, as a kill would end it."""
     original = StageTrainer.before_step
 
     def before_step(self):
@@ -122,7 +122,7 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.pt", "trainer_state.json", "complete.json", "missing"])
-def test_a_damaged_newest_checkpoint_is_passed_over(stopped, tmp_path, damage, capfd):
+def test_a_damaged_newest_checkpoint_is_skipped(stopped, tmp_path, damage, capfd):
     partial = tmp_path / "out" / "stage-0.partial"
     shutil.copytree(stopped / "out" / "stage-0.partial", partial)
     newest = partial / "checkpoint-4"

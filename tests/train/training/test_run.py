@@ -95,9 +95,9 @@ def test_a_failed_stage_keeps_the_old_output(recipe, tmp_path, monkeypatch):
     assert all(weight.equal(before[name]) for name, weight in weights(tmp_path / "out" / "stage-0").items())
 
 
-def test_batch_that_cannot_be_cut(recipe):
+def test_batch_that_cannot_be_split(recipe):
     recipe.stages[0].device_batch_size = 3
-    with pytest.raises(ValueError, match="a batch of 4 cannot be cut into device batches of 3"):
+    with pytest.raises(ValueError, match="a batch of 4 cannot be split into device batches of 3"):
         run.run_recipe(recipe, [0])
 
 

@@ -1,4 +1,4 @@
-"""Several processes train as one does, and share out: weights under FSDP, samples of a stream, batches of an epoch."""
+"""Several processes train as one does, and share the weights under FSDP, a stream's samples and an epoch's batches."""
 
 import json
 import os

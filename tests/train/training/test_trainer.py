@@ -1,4 +1,4 @@
-"""The trainer: groups, schedule, freezing, and a loss that does not depend on how a batch is cut."""
+"""The trainer: groups, schedule, freezing, and a loss that does not depend on how a batch is split."""
 
 import dataclasses
 

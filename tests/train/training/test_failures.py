@@ -1,4 +1,4 @@
-"""A picture that cannot be decoded, found in the middle of training: a resumed run repeats what the first one did with it."""
+"""A picture that cannot be decoded, found in the middle of training: a resumed run does with it what the first one did."""
 
 import json
 

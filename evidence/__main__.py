@@ -1,7 +1,7 @@
-"""`python -m evidence`: runs every study that has its data, several jobs at a time, and fills in docs/EVIDENCE.md.
+"""`python -m evidence`: runs every study whose data is there, several jobs at a time, and fills in docs/EVIDENCE.md.
 
-A job is one training and its test, in a process of its own with one thread; what is finished is kept, so that an
-interrupted run goes on.
+A job is one training run and its test, in its own process with one thread. Finished jobs are kept, so that an interrupted
+run continues where it stopped.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from prefixvlm.inference.environment import versions
 
 
 def phases(workspace: Workspace, seeds: range) -> list[dict]:
-    """All jobs by name; those of a phase need only what earlier phases left."""
+    """The jobs of each phase by name; a job needs only the results of earlier phases."""
     given = workspace.given is not None
     backbones = {"backbones/easy": studies.easy_backbones}
     trainings = {
@@ -62,7 +62,7 @@ def result_file(workspace: Workspace, name: str) -> Path:
 
 
 def run_job(workspace: Workspace, seeds: range, name: str) -> None:
-    """Runs one job here and leaves its result."""
+    """Runs one job in this process and writes its result."""
     jobs = {known: job for phase in phases(workspace, seeds) for known, job in phase.items()}
     if name not in jobs:
         raise ValueError(f"There is no job {name}; there are {', '.join(jobs)}.")
@@ -77,7 +77,7 @@ def run_job(workspace: Workspace, seeds: range, name: str) -> None:
 
 
 def start(command: list[str], log_folder: Path, name: str) -> str | None:
-    """Runs a job in a process of its own; returns its name if it failed."""
+    """Runs a job in its own process; returns its name if it failed."""
     log = log_folder / f"{name.replace('/', '-')}.log"
     started = time.perf_counter()
     with log.open("w") as file:
@@ -93,15 +93,15 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m evidence", description=__doc__.splitlines()[0])
     options.add_argument("--data", type=Path, help="folder with ucm_captions, coco_photos and human_vs_machine_text")
     options.add_argument("--output", type=Path, default=Path("runs/evidence"))
-    options.add_argument("--workers", type=int, default=2, help="jobs at a time, of one thread each (default: 2)")
-    options.add_argument("--seeds", type=int, default=len(studies.SEEDS), help="seeds an arm (default: 5)")
-    options.add_argument("--job", help="run this job alone, here")
+    options.add_argument("--workers", type=int, default=2, help="jobs at a time, with one thread each (default: 2)")
+    options.add_argument("--seeds", type=int, default=len(studies.SEEDS), help="seeds per arm (default: 5)")
+    options.add_argument("--job", help="run only this job, in this process")
     options.add_argument("--report", type=Path, default=report.PAGE, help="page to fill in (default: docs/EVIDENCE.md)")
     options = options.parse_args()
     workspace, seeds = Workspace(options.data, options.output), range(options.seeds)
     if options.data is not None and not (options.data / "ucm_captions").is_dir():
         print(
-            f"python -m evidence: {options.data} has no folder ucm_captions; leave --data out to do without.",
+            f"python -m evidence: {options.data} has no folder ucm_captions; without --data only easy-VQA is used.",
             file=sys.stderr,
         )
         return 2
@@ -112,7 +112,7 @@ def main() -> int:
         run_job(workspace, seeds, options.job)
         return 0
     try:
-        report.check(options.report)  # before the work, so that none is lost
+        report.check(options.report)  # before hours of work whose results could not be written
     except ValueError as error:
         print(f"python -m evidence: {error}", file=sys.stderr)
         return 2
@@ -130,7 +130,7 @@ def main() -> int:
         if failed:
             print(f"python -m evidence: {', '.join(failed)} failed; see {logs}.", file=sys.stderr)
             return 1
-    elapsed = options.output / "seconds.json"  # an interrupted run counts what came before
+    elapsed = options.output / "seconds.json"  # with the time before an interruption
     seconds = time.perf_counter() - started + (json.loads(elapsed.read_text()) if elapsed.exists() else 0.0)
     elapsed.write_text(json.dumps(seconds))
     print(f"All jobs done in {seconds / 60:.1f} minutes.")
@@ -148,4 +148,5 @@ def main() -> int:
     return 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
-"""Small pretrained backbones for the studies: an encoder as SigLIP is trained, and a decoder on text alone.
+"""Small pretrained backbones for the studies: an encoder trained as SigLIP is, and a decoder trained on text alone.
 
-Both are saved as ordinary checkpoints, so that `from_backbones` takes them as it takes SigLIP and Qwen.
+Both are saved as ordinary checkpoints, which `from_backbones` loads as it loads SigLIP and Qwen.
 
 Shapes: B batch, T tokens; pictures (B, 3, 48, 48).
 """
@@ -34,25 +34,26 @@ DECODER = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-    "initializer_range": 0.1,  # so narrow a model is slow to learn what to attend to with 0.02
+    "initializer_range": 0.1,  # with 0.02, so narrow a model learns slowly what to attend to
     "tie_word_embeddings": True,
 }
-LONGEST = 32  # tokens of a caption in the contrastive training
+LONGEST = 32  # maximum tokens of a caption in contrastive training
 BATCH = 64
-ROW = 128  # tokens of a row in the decoder's training
+ROW = 128  # tokens per row in the decoder's training
 
 
 def tokenizer_of(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows the words of `texts` and the names of roles."""
+    """A tokenizer trained on `texts` and the names of the chat roles."""
     return train_tokenizer([*texts, "user", "assistant", "system"], vocab_size)
 
 
-def train_encoder(pairs, tokenizer, steps: int, seed: int, folder: Path, turn: bool, log=print) -> None:
-    """Trains image and text towers on (picture, texts) pairs by the sigmoid loss of SigLIP (arXiv 2303.15343, eq. 1).
+def train_encoder(pairs, tokenizer, steps: int, seed: int, folder: Path, log=print) -> None:
+    """Trains image and text towers on (picture, texts) pairs with SigLIP's sigmoid loss (arXiv 2303.15343, eq. 1).
+
+    Pictures are rotated and mirrored at random, which no text of the studies tells apart.
 
     Args:
         pairs: (path of a picture, its texts) each.
-        turn: whether pictures are turned and mirrored at random: right for views from above, wrong for words like "left".
     """
     set_seed(seed)
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path, _ in pairs])
@@ -71,15 +72,14 @@ def train_encoder(pairs, tokenizer, steps: int, seed: int, folder: Path, turn: b
         vision_config=VISION,
     )
     model = SiglipModel(config)
-    with torch.no_grad():  # the paper's start: almost all pairs do not match
+    with torch.no_grad():  # that paper's initialisation: almost all pairs do not match
         model.logit_scale.fill_(math.log(10.0))
         model.logit_bias.fill_(-10.0)
     draw = random.Random(seed)
     for step in _steps(model, steps, 1e-3):
         chosen = draw.sample(range(len(pairs)), min(BATCH, len(pairs)))
         batch = (pixels[chosen].float() / 255 - mean[:, None, None]) / std[:, None, None]
-        if turn:
-            batch = torch.rot90(batch, draw.randrange(4), (2, 3))
+        batch = torch.rot90(batch, draw.randrange(4), (2, 3))
         if draw.random() < 0.5:
             batch = batch.flip(3)
         texts = [draw.choice(pairs[index][1]) for index in chosen]
@@ -95,7 +95,7 @@ def train_encoder(pairs, tokenizer, steps: int, seed: int, folder: Path, turn: b
 
 
 def train_decoder(texts: list[str], tokenizer, steps: int, seed: int, folder: Path, log=print) -> float:
-    """Trains a decoder on `texts`, one after the other with an end token between; returns its last losses' mean in nats."""
+    """Trains a decoder on `texts` joined by end tokens; returns the mean of its last 20 losses, in nats."""
     set_seed(seed)
     draw = random.Random(seed)
     texts = list(texts)
@@ -128,7 +128,7 @@ def train_decoder(texts: list[str], tokenizer, steps: int, seed: int, folder: Pa
 
 
 def _steps(model, steps: int, learning_rate: float):
-    """Counts steps, and after each lets AdamW follow what has been left in the gradients, on a cosine to 0."""
+    """Yields step numbers; after each, AdamW applies the gradients, with warm-up and a cosine decay to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = max(1, steps // 20)
     for step in range(steps):

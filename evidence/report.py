@@ -87,7 +87,7 @@ def _verdict(apart: Difference, better: str = "holds here", worse: str = "the op
 def _run(found: Results) -> str:
     run = found.all["run"]
     minutes = sum(one.get("job_seconds", 0) for one in found.all.values()) / 60
-    heads = ["command", "minutes", "of computing, one thread a job", "machine", "versions"]
+    heads = ["command", "minutes", "CPU minutes, one thread per job", "machine", "versions"]
     row = [f"`{run['command']}`", f"{run['minutes']:.0f}", f"{minutes:.0f}", run["machine"]]
     return markdown_table(heads, [[*row, ", ".join(f"{name} {version}" for name, version in run["versions"].items())]])
 

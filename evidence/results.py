@@ -1,4 +1,4 @@
-"""The results of all jobs, and what their parts are called."""
+"""The results of all jobs, and the names of arms, decoders and masks."""
 
 ARM_NAMES = {
     "prefix": "all four stages",
@@ -7,12 +7,12 @@ ARM_NAMES = {
     "single-stage": "one single stage",
 }
 DECODER_NAMES = {"neutral": "neutral prose", "human": "human captions", "both": "both kinds of captions"}
-# the masks that each study compares, ours first
+# the masks that each study compares, the paper's first
 MASKS = {"easy": ("prefix", "causal"), "pairs": ("prefix", "causal", "prefix_all_images"), "ucm": ("prefix", "causal")}
 
 
 class Results:
-    """The results of all jobs by name, study/arm/seed, and under `run` how they came about."""
+    """The results of all jobs by name (study/arm/seed), and under `run` the command, time, machine and versions."""
 
     def __init__(self, results: dict[str, dict]):
         self.all = results
@@ -29,7 +29,7 @@ class Results:
         return any(name.startswith(study + "/") for name in self.all)
 
     def kept(self) -> dict:
-        """Everything but the loss curves, which would be megabytes, and where files lay on the machine."""
+        """Everything but the loss curves, which take megabytes, and file paths of the machine."""
         kept = {name: {key: value for key, value in one.items() if key != "losses"} for name, one in self.all.items()}
         for one in kept.values():
             if "reports" in one:

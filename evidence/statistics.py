@@ -1,4 +1,4 @@
-"""Numbers over seeds: means, their intervals, and tests of arms that were run with the same seeds."""
+"""Statistics over seeds: means with intervals, and paired tests of arms that were run with the same seeds."""
 
 from dataclasses import dataclass
 
@@ -22,13 +22,13 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus arm, seed by seed: the mean with its 95% interval, and the p-value of the paired t-test."""
+    """The difference of two arms, paired by seed: its mean with a 95% interval, and the p-value of the paired t-test."""
 
     mean: Mean
     p_value: float
 
     def verdict(self, better: str, worse: str) -> str:
-        """`better` if the difference is above 0 by more than chance explains, `worse` if below, else that it is open."""
+        """`better` if the difference is significantly above 0, `worse` if below, else that none was shown."""
         if not self.p_value < 1 - LEVEL:
             return "no difference shown"
         return better if self.mean.value > 0 else worse
@@ -38,14 +38,14 @@ class Difference:
 
 
 def mean(values: list[float]) -> Mean:
-    """The mean of at least two values, one a seed."""
+    """The mean of at least two values, one per seed."""
     values = np.asarray(values, dtype=float)
     half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return Mean(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
 
 def difference(first: list[float], second: list[float]) -> Difference:
-    """`first` minus `second`, whose values belong to the same seeds in the same order."""
+    """`first` minus `second`; both have the values of the same seeds in the same order."""
     apart = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     if not apart.any():
         return Difference(Mean(0.0, 0.0, 0.0), 1.0)

@@ -91,7 +91,7 @@ def ucm_backbones(workspace: Workspace) -> dict:
     texts = [text for row in rows for text in row["texts"]]
     tokenizer = backbones.tokenizer_of([*texts, data.DESCRIBE, data.WHAT], 600)
     pairs = [(workspace.data / "ucm" / row["image"], row["texts"]) for row in rows]
-    backbones.train_encoder(pairs, tokenizer, 500, 0, workspace.backbone("ucm-encoder"), turn=True)
+    backbones.train_encoder(pairs, tokenizer, 500, 0, workspace.backbone("ucm-encoder"))
     return {"decoder_loss": backbones.train_decoder(texts, tokenizer, 150, 0, workspace.backbone("ucm-decoder"))}
 
 
@@ -104,7 +104,7 @@ def easy_backbones(workspace: Workspace) -> dict:
         said += [f"{question} {reply}" for question, reply in data.asked_and_said(row)]
     tokenizer = backbones.tokenizer_of([*captions, *said, "first: second:"], 512)
     pairs = [(workspace.data / "easy" / row["image"], row["texts"]) for row in rows]
-    backbones.train_encoder(pairs, tokenizer, 300, 0, workspace.backbone("easy-encoder"), turn=True)
+    backbones.train_encoder(pairs, tokenizer, 300, 0, workspace.backbone("easy-encoder"))
     return {
         "decoder_loss": backbones.train_decoder(captions * 2 + said, tokenizer, 150, 0, workspace.backbone("easy-decoder"))
     }

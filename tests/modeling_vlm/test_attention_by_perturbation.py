@@ -1,4 +1,4 @@
-"""Who sees whom, found out by changing one input and looking which outputs move.
+"""Who sees whom, found by changing one input and checking which outputs change.
 
 Exact zeros are possible and asked for: a masked key has weight exp(-inf) = 0 (or exp of the most negative number, which
 is 0 too), and a row of a matrix product does not depend on the other rows as long as the shapes stay the same.
@@ -53,7 +53,7 @@ def test_exactly_the_allowed_positions_feel_a_change(mode, attention):
     assert model.language_model.config._attn_implementation == attention
     images = image_numbers(LAYOUT, model.config.num_image_tokens)
     one_layer = rule_mask(mode, images)
-    # over two layers news travels through a third position: a later image may pass on the words it sees
+    # over two layers a change travels through a third position: a later image may pass on the words it sees
     reach = [one_layer, (one_layer.float() @ one_layer.float()) > 0]
     batch = layout_batch(model, [LAYOUT, LAYOUT], seed=1)
     before = states(model, batch)
@@ -92,7 +92,7 @@ def test_padding_changes_nothing(mode, attention, side):
     for row in range(3):
         alone = logits(model, row_alone(batch, row, model))[0]
         assert_close(padded[row, batch["attention_mask"][row].bool()], alone)
-    # what stands at a padded position reaches no position that counts
+    # nothing at a padded position reaches a real one
     padding = (batch["attention_mask"][1] == 0).nonzero().flatten()
     for place in padding.tolist():
         other = logits(model, with_word_changed(batch, 1, place))
@@ -174,7 +174,7 @@ def test_kernels_that_drop_a_dense_mask_are_refused_also_for_the_decoder_alone()
         model = PrefixVLMForConditionalGeneration._from_config(
             tiny_config(), attn_implementation={"text_config": "flex_attention"}
         )
-        # (a whole forward pass of flex_attention with a dense mask ends Python itself on a CPU)
+        # (a full forward pass of flex_attention with a dense mask crashes Python on a CPU)
         model._update_causal_mask(None, torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 3, 48))
 
     with pytest.raises(ValueError, match=r"flex_attention|sdpa"):

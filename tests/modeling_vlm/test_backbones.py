@@ -265,7 +265,7 @@ def test_an_image_token_the_tokenizer_has_is_taken(saved, tmp_path):
 
 
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer before anybody added image and turn tokens."""
+    """The tiny tokenizer without image and turn tokens."""
     full = tiny_tokenizer().backend_tokenizer
     words = sorted(set(full.get_vocab()) - {"<|image_pad|>", "<|im_start|>", "<|im_end|>"}, key=full.token_to_id)
     backend = Tokenizer(type(full.model)(vocab={word: index for index, word in enumerate(words)}, merges=[]))
@@ -358,6 +358,15 @@ def test_missing_text_weights_are_refused(saved, tmp_path):
     source.save_pretrained(tmp_path, state_dict=left)
     with pytest.raises(ValueError, match="lacks weights"):
         PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path, image_token_id=5)
+
+
+@pytest.mark.parametrize("own_ends", [0, [7, 0]])
+def test_a_backbone_without_a_tokenizer_keeps_its_own_stop_tokens(own_ends, saved, tmp_path):
+    text = Qwen2ForCausalLM(Qwen2Config(**TEXT))
+    text.generation_config.eos_token_id = own_ends
+    text.save_pretrained(tmp_path)
+    model = PrefixVLMForConditionalGeneration.from_backbones(saved("siglip_vision")[0], tmp_path)
+    assert model.generation_config.eos_token_id == own_ends
 
 
 @pytest.mark.parametrize("own_ends", [0, [7, 0]])

@@ -195,7 +195,7 @@ def test_the_image_token_is_never_generated(settings, tmp_path):
         output = candidate.generate(**batch, **{**plain, **settings})[:, batch["input_ids"].shape[1] :]
         assert output.shape[1] >= 1
         assert not (output == IMAGE_TOKEN_ID).any()
-        # though it is what the model holds likeliest
+        # although the model gives it the highest probability
         assert candidate(**batch).logits[:, -1].argmax(-1).tolist() == [IMAGE_TOKEN_ID] * 2
 
 

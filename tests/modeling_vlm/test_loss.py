@@ -1,4 +1,4 @@
-"""The loss: next-token cross-entropy on the supervised positions, on its plain and on its thrifty path."""
+"""The loss: next-token cross-entropy on the supervised positions, with logits and with `skip_logits`."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def model(request):
 
 @pytest.fixture
 def batch(model):
-    """Three ragged rows; of the first, one word in the middle is not asked for."""
+    """Three ragged rows; in the first, one word in the middle has no label."""
     batch = layout_batch(model, ROWS, seed=1)
     labels = batch["input_ids"].where((batch["input_ids"] >= FIRST_WORD) & batch["attention_mask"].bool(), -100)
     labels[0, -2] = -100
@@ -101,7 +101,7 @@ def test_accumulated_parts_make_the_whole(model, batch, skip_logits):
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
-def test_nothing_to_learn_is_a_finite_zero(model, batch, skip_logits):
+def test_no_supervised_tokens_give_a_finite_zero(model, batch, skip_logits):
     nothing = torch.full_like(batch["labels"], -100)
     outputs = model(**{**batch, "labels": nothing}, skip_logits=skip_logits)
     assert outputs.loss.item() == 0
@@ -111,7 +111,7 @@ def test_nothing_to_learn_is_a_finite_zero(model, batch, skip_logits):
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
-def test_the_first_position_is_never_asked(model, batch, skip_logits):
+def test_the_first_position_is_never_supervised(model, batch, skip_logits):
     changed = batch["labels"].clone()
     changed[:, 0] = FIRST_WORD + 7
     outputs = [model(**{**batch, "labels": labels}, skip_logits=skip_logits) for labels in (batch["labels"], changed)]

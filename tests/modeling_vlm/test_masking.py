@@ -28,7 +28,7 @@ def rows_with_images(draw):
 
 @given(rows_with_images())
 @settings(deadline=None)
-def test_images_are_told_apart_by_counting(drawn):
+def test_images_are_separated_by_counting(drawn):
     image_tokens, rows = drawn
     expected = torch.tensor(rows)
     assert torch.equal(image_index(expected > 0, image_tokens), expected)

@@ -50,7 +50,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(mode):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         loss = model(**labelled(model)).loss
         loss.backward()
-        # run once more on the way back: otherwise nothing was checkpointed
+        # recomputed in the backward pass: otherwise nothing was checkpointed
         assert calls == ({"vision": 2, "text": 2} if checkpointing else {"vision": 1, "text": 1})
         runs[checkpointing] = loss, {name: parameter.grad for name, parameter in model.named_parameters()}
     assert torch.equal(runs[False][0], runs[True][0])

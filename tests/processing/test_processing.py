@@ -468,7 +468,7 @@ def test_of_several_images_the_leading_ones_come_first_and_the_others_stay():
     assert torch.equal(encoded["pixel_values"], pixels(1, 2, 3))
 
 
-def test_every_way_to_hand_over_an_image(tmp_path):
+def test_every_way_to_pass_an_image(tmp_path):
     path = tmp_path / "p.png"
     picture(4).save(path)
     code = base64.b64encode(path.read_bytes()).decode()

@@ -102,7 +102,7 @@ def test_four_readers_read_and_parse_each_row_once(kind, files, tmp_path, monkey
         assert sum(parsed.values()) == ROWS
 
 
-def test_rows_travel_to_another_process(tmp_path):
+def test_rows_can_be_sent_to_another_process(tmp_path):
     import pickle
 
     rows = read_rows(write(tmp_path, "jsonl", 2))

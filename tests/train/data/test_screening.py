@@ -26,7 +26,7 @@ BAD = {  # row: what is wrong with it
     23: "not valid JSON",
     31: "tokens, the limit is",
 }
-CUT = 7  # whose header is whole, so that only decoding shows it
+CUT = 7  # whose header is intact, so that only decoding shows it
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_processes_meet_while_they_screen(rows, monkeypatch):
         process = Process(rank)
         screen(samples, collator, state=process)
         met.append(process.met)
-    assert met == [ROWS // 15] * 3  # each as often as the others, or one would wait for ever
+    assert met == [ROWS // 15] * 3  # each as often as the others, or one would wait forever
 
 
 def test_a_verdict_is_kept_for_resume_alone(rows, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def main(folder: Path, seed: int, kills: int, *recipes: str) -> None:
     # what each run would measure for its log
     trainer.peak_rate = functools.cache(trainer.peak_rate)
     trainer.peak_rate(torch.device("cpu"), torch.float32)
-    gc.freeze()  # else each run goes through all that was imported, again and again
+    gc.freeze()  # else the collector of each run traverses everything that was imported, repeatedly
     print(json.dumps({path: killed(path, folder / Path(path).stem, seed, kills) for path in recipes}))
 
 

@@ -76,7 +76,7 @@ def weights_of(module) -> int:
 @pytest.mark.parametrize(
     "trains", [("projector",), ("projector", "language_model"), ("vision_tower", "projector", "language_model")]
 )
-def test_flops_are_two_a_weight_forward_and_as_many_for_each_gradient(trains):
+def test_flops_are_two_per_weight_forward_and_as_many_for_each_gradient(trains):
     model = tiny_model()
     switch = {module: module in trains for module in ("vision_tower", "projector", "language_model")}
     patches, tokens, supervised = 4, 20, 7
@@ -86,12 +86,12 @@ def test_flops_are_two_a_weight_forward_and_as_many_for_each_gradient(trains):
     expected += 2 * patches * projector * (3 if switch["vision_tower"] or switch["projector"] else 1)
     passes = 3 if switch["language_model"] else 2
     expected += 2 * tokens * text * passes + 2 * supervised * head * passes
-    # scores and their use: 2 products of T x T x D a layer, twice again backward
+    # scores and their use: 2 products of T x T x D per layer, twice as many backward
     expected += 4 * patches**2 * 32 * 2 * (3 if switch["vision_tower"] else 1) + 4 * tokens**2 * 48 * 2 * 3
     assert training_flops(model, switch, 1, tokens, tokens**2, supervised) == expected
 
 
-def test_flops_of_the_paper_stage_2_are_what_six_a_weight_say():
+def test_flops_of_the_paper_stage_2_are_six_per_weight():
     with torch.device("meta"):
         model = PrefixVLMForConditionalGeneration(PrefixVLMConfig.from_preset("paper"))
     trains = dict.fromkeys(("vision_tower", "projector", "language_model"), True)
@@ -105,7 +105,7 @@ def test_a_cpu_has_a_peak_rate():
 
 
 def test_peak_memory_is_this_processes_own():
-    """A process starts from nothing, however much the one that started it had used."""
+    """A process starts from nothing, however much its parent has used."""
     held = torch.ones(2**28)  # 1 GiB
     assert peak_memory(torch.device("cpu")) > held.nbytes
     code = "import torch; from prefixvlm.train.training.cost import peak_memory; print(peak_memory(torch.device('cpu')))"

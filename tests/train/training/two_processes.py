@@ -74,7 +74,7 @@ def three_steps(output: str, device_batch: int) -> None:
 
 
 def threads_of_gloo() -> list[str]:
-    """What could still wake while the interpreter goes away; known on Linux alone."""
+    """Threads that could still run while the interpreter shuts down; known on Linux only."""
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
 

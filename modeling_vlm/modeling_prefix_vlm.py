@@ -18,7 +18,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -432,18 +431,18 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             joint.text_config.vocab_size = vocabulary
         model = cls(joint, vision_model, language_model).to(dtype).eval()
         model._check_decoder(text)
+        model.generation_config.eos_token_id = language_model.generation_config.eos_token_id
         if tokenizer is not None:
-            model.set_stop_tokens(tokenizer, language_model.generation_config)
+            model.set_stop_tokens(tokenizer)
         return model
 
-    def set_stop_tokens(self, tokenizer, backbone: GenerationConfig | None = None) -> None:
-        """Lets `generate` stop at the end of a turn, at the tokenizer's end token, and where the backbone alone would stop.
+    def set_stop_tokens(self, tokenizer) -> None:
+        """Makes `generate` stop also at the end of a turn and at the tokenizer's end token, and pad as the tokenizer does.
 
         Args:
             tokenizer: one that has the conversation tokens.
-            backbone: the decoder's own generation configuration.
         """
-        known = getattr(backbone, "eos_token_id", None)
+        known = self.generation_config.eos_token_id
         known = known if isinstance(known, list) else [known]
         ends = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id, *known]
         self.generation_config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]

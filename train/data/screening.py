@@ -64,10 +64,11 @@ class Screening:
         folder: gets a file for each data set.
         resume: use the verdicts that are there.
         workers: processes that check, for each process of the run.
+        limit: the share of unusable samples that stops the run; such a verdict is not kept, so that the data can be mended.
     """
 
-    def __init__(self, folder: Path, resume: bool = False, workers: int = 0):
-        self.folder, self.resume, self.workers = folder, resume, workers
+    def __init__(self, folder: Path, resume: bool = False, workers: int = 0, limit: float = 1.0):
+        self.folder, self.resume, self.workers, self.limit = folder, resume, workers, limit
         self._reached: dict[str, Screened] = {}
 
     def verdict(self, samples, collator: ConversationCollator, max_length: int | None, measure: bool) -> Screened:
@@ -75,14 +76,15 @@ class Screening:
         asked = json.dumps([samples.fingerprint, collator.text_format, max_length, measure])
         key = hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
         path = self.folder / f"{key}.json"
-        if key not in self._reached and self.resume and path.is_file():
+        if key not in self._reached and self.resume and all(gather_object([path.is_file()])):
             kept = json.loads(path.read_text(encoding="utf-8"))
             self._reached[key] = Screened(**{**kept, "skipped": [tuple(row) for row in kept["skipped"]]})
         if key not in self._reached:
             state = PartialState()
             part = screen(samples, collator, max_length, measure, self.workers, state)
             self._reached[key] = Screened.joined(gather_object([part]))
-            if state.is_main_process:
+            stops = len(self._reached[key].skipped) > self.limit * len(samples)
+            if state.is_main_process and not stops:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(asdict(self._reached[key]), ensure_ascii=False))
         return self._reached[key]

@@ -111,7 +111,7 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = Fal
     else:
         quantize = recipe.lora.quantize if recipe.lora else None
         model, processor = build(recipe.model, all_texts(sources.values()), random_init, quantize)
-    screening = Screening(output / "screening", resume, recipe.workers)
+    screening = Screening(output / "screening", resume, recipe.workers, recipe.max_skipped)
     for number in chosen:
         stage = _StageRun(recipe, number, sources[number], settings[number], screening, resume)
         model = stage.train(model, processor, start, evaluations.get(number))

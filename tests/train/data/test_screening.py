@@ -218,6 +218,12 @@ def test_a_verdict_is_kept_for_resume_alone(rows, tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_verdict_that_stops_the_run_is_not_kept(rows, tmp_path):
+    samples, collator = sources.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), "conversation")
+    Screening(tmp_path / "kept", limit=0.01).verdict(samples, collator, 300, False)
+    assert not (tmp_path / "kept").exists()
+
+
 class Process:
     """One of three processes, as accelerate tells it."""
 

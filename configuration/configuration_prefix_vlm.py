@@ -45,7 +45,7 @@ PAPER_TEXT = {  # Table IIa, Qwen2.5-0.5B
     "eos_token_id": 151643,
 }
 PRESETS: dict[str, dict] = {
-    # Table IV counts 18 M parameters in the projector; a hidden layer of 8960 is the width that gives it
+    # Table IV counts 18 M parameters in the projector, which a hidden layer 8960 wide gives
     "paper": {"projector_hidden_size": 8960},
     "tiny": {
         "vision_config": {
@@ -117,7 +117,7 @@ class PrefixVLMConfig(PretrainedConfig):
         vision_config: a transformers vision configuration or its fields; `model_type` chooses the class
             (default `siglip_vision_model`).
         text_config: a transformers decoder configuration or its fields (default `qwen2`).
-        attention_mode: who sees whom, one of `causal`, `prefix` (Fig. 3b, 6b), `prefix_all_images` (Fig. 6a) and
+        attention_mode: who attends to whom, one of `causal`, `prefix` (Fig. 3b, 6b), `prefix_all_images` (Fig. 6a) and
             `bidirectional` (Fig. 3a, stage 0).
         projector_hidden_size: width between the projector's two layers; `None` takes the text width.
         projector_hidden_act: activation between them.

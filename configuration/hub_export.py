@@ -44,7 +44,7 @@ def export_code(folder) -> list[str]:
             # transformers 4.x copies only what an entry file itself imports from a local folder, not what those import
             hidden = sorted(_closure(module, sources) - set(needs) - {module})
             if hidden:
-                source += "\n# named for transformers 4.x, which does not follow imports of imports in a local folder\n"
+                source += "\n# named for transformers 4.x, which does not follow transitive imports in a local folder\n"
             for other in hidden:
                 source += f"from .{names[other]} import __name__ as _{names[other]}  # noqa: E402, F401\n"
         write_atomically(Path(folder, f"{names[module]}.py"), source)

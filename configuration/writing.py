@@ -1,4 +1,4 @@
-"""Files that are never seen half written."""
+"""Writes files that are never seen half-written."""
 
 import os
 from pathlib import Path

@@ -38,8 +38,8 @@ def attention_mask_4d(
         x x x x .   x x x x .   even the earlier    x x x x x
         x x x x x   x x x x x   ones                x x x x x
 
-    Padding is masked after the image is unmasked, so no mode can bring it back. A padding query sees only itself, which
-    keeps its softmax finite; its output is never used.
+    Padding is masked last, so no mode can unmask it. A padding query attends to itself alone, which keeps its softmax
+    finite; its output is never used.
 
     Args:
         valid: (B, K) bool, False at padding and at cache slots not filled yet.

@@ -46,7 +46,7 @@ class PrefixVLMModelOutputWithPast(ModelOutput):
 
     last_hidden_state: (B, T, D), after the language model's final norm.
     past_key_values: the cache, when one is used.
-    hidden_states, attentions: of the language model, when asked for.
+    hidden_states, attentions: of the language model, when requested.
     image_hidden_states: (I, P, D), the projected image features.
     """
 
@@ -304,7 +304,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         Args:
             input_ids: (B, T), with P copies of `config.image_token_id` for each image.
             pixel_values: (I, C, H, W), the images in reading order.
-            attention_mask: (B, K), 0 at padding, on either side; or a 4D mask, used as it is.
+            attention_mask: (B, K), 0 at padding, on either side; or a 4D mask, used as is.
             position_ids: (B, T); by default counted from the first token after padding, from 0 in each document.
             token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already contains image features.
             document_ids: (B, T), the packed sample of each position; documents do not attend to each other.
@@ -552,8 +552,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
                 hidden_states = hidden_states[:, :-1][supervised]
                 loss, token_losses = head_and_loss(self.get_output_embeddings(), hidden_states, targets, items)
             else:
-                asked = self._head(hidden_states[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]
-                losses = nn.functional.cross_entropy(asked.float(), targets, reduction="none")
+                scores = self._head(hidden_states[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]
+                losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
                 loss, token_losses = losses.sum() / items, losses.detach()
         result = PrefixVLMCausalLMOutputWithPast(
             loss=loss,

@@ -1,4 +1,4 @@
-"""Any picture to an upright RGB image, or one sentence that says which picture is wrong and why."""
+"""Loads any picture as an upright RGB image, or says in one sentence which picture is wrong and why."""
 
 import base64
 import io
@@ -37,19 +37,19 @@ def check_image(source, name: str = "the image") -> None:
     """Reads an image's header, at a fraction of the cost of decoding it. A URL is not fetched.
 
     Raises:
-        ValueError: as `load_image`, for what the header shows.
+        ValueError: as `load_image`, as far as the header shows it.
     """
     if not (isinstance(source, str) and source.startswith(URLS)):
         _opened(source, name, lambda image: None)
 
 
 def _opened(source, name: str, read: Callable):
-    """What `read` makes of an opened image of a permitted size; every error becomes a sentence that names the image."""
+    """Applies `read` to an opened image of permitted size; every error becomes a sentence that names the image."""
     if isinstance(source, dict):
         name = source.get("path") or name
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if isinstance(source, str | os.PathLike):
-        if not str(source).startswith("data:"):  # whose whole content would be its name
+        if not str(source).startswith("data:"):  # of which the whole content would be the name
             name = str(source)
     elif isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or name
@@ -91,7 +91,7 @@ def _open(source) -> Image.Image:
 
 
 def _from_array(source) -> Image.Image:
-    """Channels last in an array and first in a tensor, or the other way round where the sizes leave no doubt."""
+    """Channels last in an array and first in a tensor, or the other way round where the shape leaves no doubt."""
     is_tensor = torch.is_tensor(source)
     values = source.detach().cpu().numpy() if is_tensor else np.asarray(source)
     if values.ndim == 3:

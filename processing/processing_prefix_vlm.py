@@ -25,13 +25,13 @@ IGNORE_INDEX = -100
 PUSH_KWARGS = ("token", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
 IMAGE_PARTS = ("image", "image_url")  # of a message
 
-# the arguments that transformers knows for tokenizers and image processors
+# the arguments that transformers accepts for tokenizers and image processors
 TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__)
 IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__) | {"do_convert_rgb"}
 
 # ChatML, with the image before the first turn as the paper's sequence has it: <im>*P INST1 ans1 INST2 ans2 (section III-D).
-# Of several images, those that open the first message go to the front and the others stay where they were put.
-# message['role'], not message.role: Jinja's sandbox examines every attribute at length.
+# Of several images, those that open the first message move to the front; the others stay in place.
+# message['role'], not message.role: attribute access is slow in Jinja's sandbox.
 CHAT_TEMPLATE = """\
 {%- if bos_token %}{{ bos_token }}{% endif -%}
 {%- set front = namespace(message=-1, images=0) -%}
@@ -81,7 +81,7 @@ CHAT_TEMPLATE = """\
 
 
 def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
-    """The Jinja template of our conversations for a tokenizer whose image token is `image_token`."""
+    """The Jinja chat template for a tokenizer whose image token is `image_token`."""
     template = CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
     return template.replace("TURN_START", TURN_START_TOKEN).replace("TURN_END", TURN_END_TOKEN)
 
@@ -95,13 +95,13 @@ def siglip_image_processor(image_size: int, **kwargs):
 
 
 class PrefixVLMProcessor(ProcessorMixin):
-    """An image processor and a tokenizer as one.
+    """An image processor and a tokenizer in one.
 
     Args:
         image_processor: any transformers image processor.
         tokenizer: a tokenizer that knows `image_token`.
         chat_template: Jinja; by default ChatML with the image in front.
-        num_image_tokens: P, how many tokens one image takes.
+        num_image_tokens: P, tokens per image.
         image_token: the text that stands for one image feature.
     """
 
@@ -134,7 +134,7 @@ class PrefixVLMProcessor(ProcessorMixin):
     def from_backbones(
         cls, vision: str = "google/siglip-so400m-patch14-224", text: str = "Qwen/Qwen2.5-0.5B", **kwargs
     ) -> "PrefixVLMProcessor":
-        """The processor that belongs to `PrefixVLMForConditionalGeneration.from_backbones(vision, text)`.
+        """The processor that matches `PrefixVLMForConditionalGeneration.from_backbones(vision, text)`.
 
         Adds the image token and ChatML's turn tokens where the tokenizer lacks them, and pads on the left, as batched
         generation needs (training collators choose their own side).
@@ -165,19 +165,19 @@ class PrefixVLMProcessor(ProcessorMixin):
         conversations are passed here too; `apply_chat_template` guards against typed ones.
 
         Args:
-            images: one image, a list (assigned to the texts in order), or a list of lists, one for each text. Any form
-                that `load_image` opens.
+            images: one image, a list (distributed to the texts in order), or a list of lists, one for each text; in any
+                form that `load_image` opens.
             text: one text or a list.
-            return_labels: also give labels, the ids of all text tokens, -100 at images and padding.
+            return_labels: also return labels, the ids of all text tokens, -100 at images and padding.
             kwargs: those of the tokenizer and the image processor (`padding`, `return_tensors`, ...), also by modality
                 (`text_kwargs`, `images_kwargs`).
 
         Returns:
-            `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if asked for; one text
-            is a batch of one, as for the processors of transformers.
+            `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if requested; one
+            text gives a batch of one, as with the processors of transformers.
 
         Raises:
-            ValueError: for an image that cannot be used, images that cannot be assigned, or a `max_length` that would
+            ValueError: for an unusable image, images that cannot be distributed to the texts, or a `max_length` that would
                 cut through an image.
         """
         if images is None and text is None:
@@ -185,7 +185,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         text_kwargs, image_kwargs, unknown = self._sorted_kwargs(kwargs)
         # evaluation suites pass lists of videos and audios to every processor, even empty ones
         if unused := [name for name, value in unknown.items() if not (value is None or value == [])]:
-            raise TypeError(f"The processor does not know the argument(s) {', '.join(unused)}.")
+            raise TypeError(f"The processor does not take the argument(s) {', '.join(unused)}; leave them out.")
         if text is None:
             return self._image_features(images, image_kwargs)
         texts = [text] if isinstance(text, str) else list(text)
@@ -208,26 +208,26 @@ class PrefixVLMProcessor(ProcessorMixin):
         processor_kwargs: dict | None = None,
         **kwargs,
     ):
-        """Renders conversations with images, and tokenizes them if asked.
+        """Renders conversations with images and, with `tokenize`, tokenizes them.
 
-        Control tokens typed by a user are kept as words, so that they can neither ask for an image nor end a turn.
+        Control tokens typed by a user are kept as words, so that they can neither insert an image nor end a turn.
 
         Args:
             conversation: messages `{"role": ..., "content": text or parts}`, or a list of such conversations. An image part
                 is `{"type": "image", "image" | "url" | "path" | "base64": ...}`; without a source it stands for one of
-                `images` (an argument like that of `__call__`).
-            return_labels: with `tokenize` and `return_dict`, also give labels: the assistant's answers and their end
+                `images`, given as to `__call__`.
+            return_labels: with `tokenize` and `return_dict`, also return labels: the assistant's answers and their end
                 tokens, -100 elsewhere.
-            return_assistant_tokens_mask: the same places as a mask of 0 and 1, `assistant_masks`.
-            processor_kwargs, kwargs: arguments of the tokenizer and the image processor; what they do not know goes to
-                the template (`add_generation_prompt`, `continue_final_message`, ...).
+            return_assistant_tokens_mask: also return `assistant_masks`, the same positions as a mask of 0 and 1.
+            processor_kwargs, kwargs: arguments of the tokenizer and the image processor; all others go to the
+                template (`add_generation_prompt`, `continue_final_message`, ...).
 
         Returns:
             The text, or `input_ids`, or with `return_dict` what `__call__` returns.
 
         Raises:
-            ValueError: as `__call__`; for a message part that is neither text nor image; or if labels are wanted of a
-                template that does not mark the answers.
+            ValueError: as `__call__`; for a message part that is neither text nor image; or if labels are requested with
+                a template that does not mark the answers.
         """
         text_kwargs, image_kwargs, template_kwargs = self._sorted_kwargs({**kwargs, **(processor_kwargs or {})})
         images = template_kwargs.pop("images", None)
@@ -235,7 +235,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
         with_labels = return_labels or return_assistant_tokens_mask
         if with_labels and not marks_answers:
-            raise ValueError("This chat template does not mark the answers by {% generation %}, so they cannot be labels.")
+            raise ValueError("This chat template does not mark the answers with {% generation %}; add it to get labels.")
         if template_kwargs.get("continue_final_message") and template_kwargs.get("add_generation_prompt"):
             raise ValueError("Either continue the final message or add a generation prompt, not both.")
         alone = not (conversation and isinstance(conversation[0], list | tuple))
@@ -251,7 +251,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         groups = [sources for _, sources in cleaned]
         if images is not None:
             if any(groups):
-                raise ValueError("Images are given both in the messages and by `images`; choose one.")
+                raise ValueError("Images are given both in the messages and as `images`; choose one.")
             groups = self._images_by_text(images, texts)
         text_kwargs["add_special_tokens"] = False
         samples = [_split(text, answers) for text, answers in zip(texts, spans or [[]] * len(texts), strict=True)]
@@ -262,7 +262,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         return encoded if return_dict else encoded["input_ids"]
 
     def _clean(self, messages):
-        """A copy of a conversation with typed control tokens made harmless, and its images in the template's order."""
+        """A copy of a conversation with typed control tokens neutralised, and its images in the template's order."""
         cleaned, images = [], []
         for message in messages:
             content = message.get("content") or ""
@@ -281,17 +281,17 @@ class PrefixVLMProcessor(ProcessorMixin):
             kind = part.get("type")
             if kind == "text":
                 text = self.as_typed(part.get("text") or "")
-                if before and self.as_typed(before + text) != before + text:  # a token typed in two halves
+                if before and self.as_typed(before + text) != before + text:  # a token split across two parts
                     text = " " + text
                 before += text
                 part = {"type": "text", "text": text}
             elif kind not in IMAGE_PARTS:
-                raise ValueError(f"A message part is of type {kind!r}; PrefixVLM reads text and image.")
+                raise ValueError(f"A message part is of type {kind!r}; only text and image parts can be read.")
             cleaned.append(part)
         return cleaned
 
     def as_typed(self, text: str) -> str:
-        """The text with the control tokens in it kept as words."""
+        """The text with its control tokens broken up into plain words."""
         for token in (self.image_token, TURN_START_TOKEN, TURN_END_TOKEN):
             text = _broken_up(text, token)
         return text
@@ -336,7 +336,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         if sum(counts) != len(images):
             if len(images) != len(texts):
                 raise ValueError(
-                    f"{len(images)} images cannot be assigned to {len(texts)} texts; give a list of images for each text."
+                    f"{len(images)} images cannot be distributed to {len(texts)} texts; give a list of images per text."
                 )
             counts = [1] * len(texts)
         left = iter(images)
@@ -346,14 +346,14 @@ class PrefixVLMProcessor(ProcessorMixin):
         """The pixels of one image, a list, or a list of lists."""
         images = [image for group in _as_list(images) for image in _as_list(group)]
         if not images:
-            raise ValueError("The list of images is empty.")
+            raise ValueError("The list of images is empty; give at least one image.")
         images = [load_image(image, f"image {index + 1} of {len(images)}") for index, image in enumerate(images)]
         return self.image_processor([_rows_repeated(image) for image in images], **image_kwargs)
 
     def _encode(self, samples, groups, text_kwargs: dict, image_kwargs: dict, with_labels: bool) -> BatchFeature:
         """Tokenizes samples of (text, supervised) pieces, pads them and adds the images.
 
-        The pieces of a sample are tokenized one by one, so that no token straddles the border of an answer.
+        The pieces of a sample are tokenized one by one, so that no token spans the boundary of an answer.
         """
         truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
         max_length: Any = text_kwargs.get("max_length")
@@ -374,7 +374,8 @@ class PrefixVLMProcessor(ProcessorMixin):
             found, needed = ids.count(self.image_token_id), len(group) * self.num_image_tokens
             if found != needed:
                 raise ValueError(
-                    f"Text {number} has {found // self.num_image_tokens} of {self.image_token} for {len(group)} image(s)."
+                    f"Text {number} has {found // self.num_image_tokens} {self.image_token} token(s) but {len(group)} "
+                    "image(s); give one image per token."
                 )
             if truncation and len(ids) > max_length:
                 kept = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
@@ -408,10 +409,10 @@ class PrefixVLMProcessor(ProcessorMixin):
         self.image_processor.save_pretrained(save_directory)
         _make_readable_by_4x(save_directory)
         if not __name__.startswith("transformers_modules"):
-            # as remote code, transformers itself copies the files beside this one
+            # as remote code, transformers copies the files beside this one itself
             importlib.import_module("..configuration.hub_export", __package__).export_code(save_directory)
         if push_to_hub:
-            # only now, when every file is there
+            # only now that every file is there
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)
         return files
 
@@ -421,12 +422,12 @@ def _as_list(images) -> list:
 
 
 def _rows_repeated(image):
-    """Makes an image one or three pixels high higher, since transformers would take its rows for channels."""
+    """Stretches an image one or three pixels high, whose rows transformers would mistake for channels."""
     return image.resize((image.width, 4 * image.height), resample=0) if image.height in (1, 3) else image
 
 
 def _image_source(part: dict):
-    """What an image part holds, or `None` for a mere placeholder."""
+    """The source of an image part, or `None` for a placeholder."""
     if part["type"] == "image_url":
         source = part["image_url"]
         return source["url"] if isinstance(source, dict) else source
@@ -447,7 +448,7 @@ def _is_supervised(labels):
 
 
 def _split(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """A text cut at the borders of the spans, each piece with whether it lies in one."""
+    """A text split at the span boundaries into (piece, whether it lies in a span)."""
     pieces, start = [], 0
     for begin, end in spans:
         pieces += [(text[start:begin], False), (text[begin:end], True)]

@@ -1,4 +1,4 @@
-"""Run as a program: uses saved folders as somebody does who has transformers, torch and pillow but not this package.
+"""Run as a program: uses saved folders where transformers, torch and pillow are installed but not this package.
 
     python clean_process.py JOB.json RESULT.pt
 

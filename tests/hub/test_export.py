@@ -169,14 +169,14 @@ def test_everything_is_uploaded_in_one_commit(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", SAVERS)
-def test_wishes_about_the_push_are_heard(kind, tmp_path, monkeypatch):
+def test_arguments_of_the_push_are_passed_on(kind, tmp_path, monkeypatch):
     there, saver = Hub(monkeypatch), SAVERS[kind]()
-    wishes = {"private": True, "commit_message": "m", "revision": "draft", "create_pr": True}
-    saver.save_pretrained(tmp_path / "vlm", push_to_hub=True, repo_id="someone/vlm", **wishes)
+    arguments = {"private": True, "commit_message": "m", "revision": "draft", "create_pr": True}
+    saver.save_pretrained(tmp_path / "vlm", push_to_hub=True, repo_id="someone/vlm", **arguments)
     assert there.calls[0][2]["private"] is True
     [(_, _, commit)] = there.commits()
     assert {name: commit[name] for name in ("commit_message", "revision", "create_pr")} == {
-        name: wishes[name] for name in ("commit_message", "revision", "create_pr")
+        name: arguments[name] for name in ("commit_message", "revision", "create_pr")
     }
 
 

@@ -1,6 +1,6 @@
 """Who sees whom, found by changing one input and checking which outputs change.
 
-Exact zeros are possible and asked for: a masked key has weight exp(-inf) = 0 (or exp of the most negative number, which
+Exact zeros are possible and required: a masked key has weight exp(-inf) = 0 (or exp of the most negative number, which
 is 0 too), and a row of a matrix product does not depend on the other rows as long as the shapes stay the same.
 """
 

@@ -94,7 +94,7 @@ def test_beam_search_keeps_the_images_of_a_row_together(repeated):
     model = MODELS["prefix"]
     # rows with different numbers of images, so that repeating each image in place cannot come out right by chance
     batch = layout_batch(model, ["IwIww", "Iww", "IIw"], seed=2, padding_side="left")
-    expected = answers(model, with_features(model, batch), **repeated)  # features inside a row cannot part from it
+    expected = answers(model, with_features(model, batch), **repeated)  # features inside a row cannot be separated from it
     assert answers(model, batch, **repeated) == expected
     rows = [row_alone(batch, row, model) for row in range(3)]
     assert [answer for row in rows for answer in answers(model, row, **repeated)] == expected

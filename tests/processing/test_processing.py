@@ -93,7 +93,7 @@ def test_typed_tokens_never_change_the_number_of_image_tokens(text, images):
         encoded = one(images=form, text=text)
         assert encoded["input_ids"].count(IMAGE_TOKEN_ID) == images * P
         assert len(encoded.get("pixel_values", [])) == images
-    # nothing is lost of what was typed, but for the spaces that break up the tokens and the places asked for
+    # nothing is lost of what was typed, except for the spaces that break up the tokens and the image places
     if text.count(IMAGE) != images:
         ids = [token for token in encoded["input_ids"] if token != IMAGE_TOKEN_ID]
         assert PROCESSOR.decode(ids) == text.replace(IMAGE, "< |image_pad|>")
@@ -194,7 +194,7 @@ def test_the_image_stands_where_its_token_does_and_else_in_front():
     assert image_positions(two) == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
-def test_images_are_assigned_to_texts_in_order():
+def test_images_are_distributed_to_texts_in_order():
     groups = [[picture(1)], [], [picture(2), picture(3)]]
     nested = PROCESSOR(images=groups, text=["a", "b", "c"], return_tensors="np", padding=True)
     assert [row.count(IMAGE_TOKEN_ID) for row in nested["input_ids"].tolist()] == [P, 0, 2 * P]
@@ -211,13 +211,13 @@ def test_images_are_assigned_to_texts_in_order():
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [
-        ([0, 1, 2], ["a", "b"], "3 images cannot be assigned to 2 texts"),
-        ([0], [f"{IMAGE}{IMAGE}a", "b"], "1 images cannot be assigned to 2 texts"),
+        ([0, 1, 2], ["a", "b"], "3 images cannot be distributed to 2 texts"),
+        ([0], [f"{IMAGE}{IMAGE}a", "b"], "1 images cannot be distributed to 2 texts"),
         ([[0], [1], [2]], ["a", "b"], "2 texts, but 3 groups"),
         ([[0]], ["a", "b"], "2 texts, but 1 groups"),
     ],
 )
-def test_images_that_cannot_be_assigned_are_refused(images, texts, message):
+def test_images_that_cannot_be_distributed_are_refused(images, texts, message):
     images = [[picture(i) for i in group] if isinstance(group, list) else picture(group) for group in images]
     with pytest.raises(ValueError, match=message):
         PROCESSOR(images=images, text=texts)
@@ -505,9 +505,9 @@ def test_placeholders_with_the_images_apart():
         assert torch.equal(encoded["pixel_values"], filled["pixel_values"])
     batch = encode([messages, [user("d")], messages[:1]], images=[picture(1), picture(2), picture(3)], padding=True)
     assert [row.count(IMAGE_TOKEN_ID) for row in batch["input_ids"]] == [2 * P, 0, P]
-    with pytest.raises(ValueError, match=r"2 of .* for 0 image"):
+    with pytest.raises(ValueError, match=r"2 .* token\(s\) but 0 image"):
         encode(messages)
-    with pytest.raises(ValueError, match=r"2 of .* for 1 image"):
+    with pytest.raises(ValueError, match=r"2 .* token\(s\) but 1 image"):
         encode(messages, images=images[:1])
     with pytest.raises(ValueError, match="both in the messages"):
         encode([user(image_part(1))], images=images[:1])

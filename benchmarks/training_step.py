@@ -100,8 +100,7 @@ def _flops_of_all(depth: float) -> float:
 
 
 def _flops(model, stage: int, images, tokens, squared_lengths, supervised) -> float:
-    trains = {module: rate > 0 for module, rate in PAPER_STAGES[stage].learning_rates.items()}
-    return training_flops(model, trains, images, tokens, squared_lengths, supervised)
+    return training_flops(model, PAPER_STAGES[stage].trains, images, tokens, squared_lengths, supervised)
 
 
 def texts(path: Path) -> list[str]:

@@ -11,6 +11,10 @@ IMAGE_TOKEN = "<|image_pad|>"
 TURN_START_TOKEN = "<|im_start|>"
 TURN_END_TOKEN = "<|im_end|>"
 
+IGNORE_INDEX = -100  # the label of a position without a target
+# arguments of `save_pretrained` that only a push takes
+PUSH_KWARGS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "token")
+
 # the row of Qwen2.5's own "<|image_pad|>", which the language model never saw in text
 QWEN_IMAGE_TOKEN_ID = 151655
 

@@ -7,6 +7,7 @@ imports are rewritten on the way: `from ..configuration.configuration_prefix_vlm
 
 import ast
 import re
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def export_code(folder) -> list[str]:
     return sorted(f"{name}.py" for name in names.values())
 
 
+@cache
 def _flatten(module: str) -> tuple[str, list[str]]:
     """A module's source with flat relative imports, and the modules of this package that it needs."""
     folder, name = module.rsplit(".", 1)

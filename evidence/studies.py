@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from evidence import backbones, data
+from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX
 from prefixvlm.inference.loading import load
-from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.screening import screen
@@ -173,8 +173,9 @@ def operations(output: Path, folder: Path, recipe) -> float:
         collator = ConversationCollator(processor, stage_recipe.stage.text_format)
         sizes = screen(load_samples(**stage_recipe.data), collator, stage_recipe.max_length, measure=True)
         images, tokens, supervised = map(statistics.fmean, (sizes.images, sizes.lengths, sizes.supervised))
-        trains = {module: rate > 0 for module, rate in stage_recipe.stage.learning_rates.items()}
-        a_sample = training_flops(model.requires_grad_(True), trains, images, tokens, tokens**2, supervised)
+        a_sample = training_flops(
+            model.requires_grad_(True), stage_recipe.stage.trains, images, tokens, tokens**2, supervised
+        )
         total += a_sample * record["steps"] * stage_recipe.stage.batch_size
     return total
 

@@ -42,8 +42,7 @@ def describe(name: str) -> str:
     ]
     tokens = config.num_image_tokens + TEXT_TOKENS
     for number, stage in PAPER_STAGES.items():
-        trains = {module: rate > 0 for module, rate in stage.learning_rates.items()}
-        flops = training_flops(model, trains, 1, tokens, tokens**2, TEXT_TOKENS)
+        flops = training_flops(model, stage.trains, 1, tokens, tokens**2, TEXT_TOKENS)
         lines.append(f"  stage {number}: {flops / 1e9:,.1f} GFLOPs")
     return "\n".join(lines)
 

@@ -25,7 +25,9 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_prefix_vlm import (
+    IGNORE_INDEX,
     IMAGE_TOKEN,
+    PUSH_KWARGS,
     QWEN_IMAGE_TOKEN_ID,
     TURN_END_TOKEN,
     TURN_START_TOKEN,
@@ -34,10 +36,6 @@ from ..configuration.configuration_prefix_vlm import (
 from .cpu_prefix_vlm import cpu_products, one_token
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
-
-IGNORE_INDEX = -100
-# arguments that only a push takes
-PUSH_KWARGS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "token")
 
 
 @dataclass

@@ -17,12 +17,15 @@ from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import PaddingStrategy
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
+from ..configuration.configuration_prefix_vlm import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    PUSH_KWARGS,
+    TURN_END_TOKEN,
+    TURN_START_TOKEN,
+)
 from .images_prefix_vlm import load_image
 
-IGNORE_INDEX = -100
-
-PUSH_KWARGS = ("token", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
 IMAGE_PARTS = ("image", "image_url")  # of a message
 
 # the arguments that transformers accepts for tokenizers and image processors

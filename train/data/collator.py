@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
+from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX
 from prefixvlm.train.data.conversation import BLANK, Conversation
 from prefixvlm.train.data.packing import pack
 

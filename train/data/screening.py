@@ -16,8 +16,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX
 from prefixvlm.configuration.writing import write_atomically
-from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
 from prefixvlm.processing.images_prefix_vlm import check_image
 from prefixvlm.train.data.collator import ConversationCollator, Encoded
 from prefixvlm.train.data.conversation import Conversation

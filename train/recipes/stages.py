@@ -59,13 +59,18 @@ class Stage:
         """The rate of each of `MODULES`."""
         return {module: getattr(self, f"{module}_lr") for module in MODULES}
 
+    @property
+    def trains(self) -> dict[str, bool]:
+        """Whether each of `MODULES` trains."""
+        return {module: rate > 0 for module, rate in self.learning_rates.items()}
+
     def prepare(self, model) -> None:
         """Sets the model's attention mode, and freezes and thaws its modules; of one with adapters it thaws nothing."""
         model.config.attention_mode = self.attention_mode
         has_adapters = hasattr(model, "peft_config")
-        for module, learning_rate in self.learning_rates.items():
-            if not learning_rate or not has_adapters:
-                getattr(model, module).requires_grad_(learning_rate > 0)
+        for module, trains in self.trains.items():
+            if not trains or not has_adapters:
+                getattr(model, module).requires_grad_(trains)
 
 
 PAPER_STAGES = {

@@ -147,8 +147,7 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
         min(steps * stage.batch_size, size.rows * stage.epochs) if stage_recipe.max_steps < 0 else steps * stage.batch_size
     )
     trainable = {m: sum(p.numel() for p in getattr(model, m).parameters() if p.requires_grad) for m in MODULES}
-    trains = {module: rate > 0 for module, rate in stage.learning_rates.items()}
-    flops = training_flops(model, trains, size.images, size.tokens, size.tokens**2, size.supervised)
+    flops = training_flops(model, stage.trains, size.images, size.tokens, size.tokens**2, size.supervised)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = sum(p.numel() * (p.element_size() + ADAM_BYTES) for p in model.parameters() if p.requires_grad)
     device_batch = min(stage_recipe.device_batch_size, stage.batch_size)

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
-from prefixvlm.modeling_vlm.modeling_prefix_vlm import IGNORE_INDEX
+from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX
 from prefixvlm.train.data.order import EpochSampler, OrderedSamples, StreamedSamples
 from prefixvlm.train.data.screening import Report
 from prefixvlm.train.recipes.stages import MODULES, Stage
@@ -210,9 +210,8 @@ class StageTrainer(Trainer):
         if self._peak_rate is None:
             self._peak_rate = peak_rate(self.args.device, torch.bfloat16 if self.args.bf16 else self.model.dtype) or 0.0
         if self._peak_rate:
-            trains = {module: rate > 0 for module, rate in self.stage.learning_rates.items()}
             counts = {name: sums[name] for name in COUNTS if name not in ("samples", "slots")}
-            flops = training_flops(self.accelerator.unwrap_model(self.model), trains, **counts)
+            flops = training_flops(self.accelerator.unwrap_model(self.model), self.stage.trains, **counts)
             logs["mfu"] = flops / seconds / (self._peak_rate * self.args.world_size)
         logs["peak_memory_gib"] = peak_memory(self.args.device) / 2**30
         return logs

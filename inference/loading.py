@@ -27,11 +27,13 @@ def load(folder: str, dtype: str = "float32", quantize: str | None = None):
     options = {"quantization_config": quantization(quantize, dtype_named(dtype))} if quantize else {}
     try:
         model = PrefixVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype_named(dtype), **options)
-        return model, PrefixVLMProcessor.from_pretrained(folder)
+        processor = PrefixVLMProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder} is not a PrefixVLM that can be loaded ({' '.join(str(error).split())[:200]})."
         ) from error
+    model.set_stop_tokens(processor.tokenizer)  # whoever saved it may not have
+    return model, processor
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -20,13 +20,17 @@ DATA ?=
 # below the package's own name, which setup.cfg gives to interface/
 ROOMS = configuration modeling_vlm processing inference train
 
-.PHONY: quickstart test nightly bench evidence lint clean
+.PHONY: quickstart test test-gpu nightly bench evidence lint clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/prefixvlm quickstart
 
 test: $(VENV)/installed
 	$(VENV)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# on a machine with a GPU; elsewhere all are skipped
+test-gpu: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m cuda -rs $(PYTEST_ARGS)
 
 # every test, also those that take minutes, on one version of transformers and then on the other
 nightly:

@@ -3,6 +3,9 @@
 This file travels to the Hub with every checkpoint, so it imports only transformers.
 """
 
+import importlib
+import os
+
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig
 
 ATTENTION_MODES = ("causal", "prefix", "prefix_all_images", "bidirectional")
@@ -165,6 +168,16 @@ class PrefixVLMConfig(PretrainedConfig):
         self.text_config.tie_word_embeddings = tie_word_embeddings
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
+        """Writes config.json, and the code that reads it without this package."""
+        push_kwargs = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if not __name__.startswith("transformers_modules"):  # as remote code, transformers copies the files beside this one
+            importlib.import_module(".hub_export", __package__).export_code(save_directory)
+        if push_to_hub:
+            # only now that every file is there
+            self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "PrefixVLMConfig":

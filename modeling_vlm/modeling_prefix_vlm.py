@@ -144,7 +144,7 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
 
     def _complete_repository(self, folder):
         if not __name__.startswith("transformers_modules"):  # as remote code, transformers copies the files beside this one
-            importlib.import_module("..configuration.hub_export", __package__).export(self, folder)
+            importlib.import_module("..configuration.hub_export", __package__).export(folder)
 
 
 class PrefixVLMModel(PrefixVLMPreTrainedModel):

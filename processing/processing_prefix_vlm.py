@@ -413,7 +413,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         _make_readable_by_4x(save_directory)
         if not __name__.startswith("transformers_modules"):
             # as remote code, transformers copies the files beside this one itself
-            importlib.import_module("..configuration.hub_export", __package__).export_code(save_directory)
+            importlib.import_module("..configuration.hub_export", __package__).export(save_directory)
         if push_to_hub:
             # only now that every file is there
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)

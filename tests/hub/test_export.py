@@ -14,16 +14,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny import tiny_model, tiny_processor
 from transformers import dynamic_module_utils
 from transformers.utils import hub
+from travelling import CODE
 
 from prefixvlm import PrefixVLMProcessor
 from prefixvlm.configuration import hub_export
 from prefixvlm.configuration.hub_export import EMPTY_CARD, ENTRY_MODULES, export, export_code, write_atomically
 from prefixvlm.modeling_vlm import modeling_prefix_vlm
 
-SIBLINGS = ("masking", "loss", "cpu")
-MODELING = {"modeling_prefix_vlm.py", *(f"{name}_prefix_vlm.py" for name in SIBLINGS)}
-CODE = {"configuration_prefix_vlm.py", *MODELING}
-CODE |= {"processing_prefix_vlm.py", "images_prefix_vlm.py"}
 ENTRIES = {f"{module.rsplit('.')[-1]}.py" for module in ENTRY_MODULES}
 MAY_IMPORT = {"torch", "transformers", "numpy", "PIL"}
 
@@ -54,18 +51,10 @@ def test_every_file_parses_and_needs_only_files_that_are_there(folder):
         assert {f"{name}.py" for name in dynamic_module_utils.get_relative_imports(file)} == relative_imports(tree)
 
 
-def test_an_entry_file_names_all_that_it_needs(folder):
-    """4.x copies only what an entry file itself imports."""
-    needs = {file.name: relative_imports(ast.parse(file.read_text())) for file in folder.iterdir()}
-    for entry in ENTRIES:
-        closure, waiting = set(), [entry]
-        while waiting:
-            for name in needs[waiting.pop()] - closure:
-                closure.add(name)
-                waiting.append(name)
-        assert needs[entry] == closure - {entry}
-    assert needs["modeling_prefix_vlm.py"] == {"configuration_prefix_vlm.py", *MODELING} - {"modeling_prefix_vlm.py"}
-    assert needs["processing_prefix_vlm.py"] == {"configuration_prefix_vlm.py", "images_prefix_vlm.py"}
+@pytest.mark.parametrize("entry", sorted(ENTRIES))
+def test_an_entry_file_names_all_others(folder, entry):
+    """transformers copies and saves what an entry file names; a processor saved alone must save the model's code too."""
+    assert relative_imports(ast.parse((folder / entry).read_text(encoding="utf-8"))) == CODE - {entry}
 
 
 def test_imports_of_imports_are_named_in_the_entry_file(tmp_path, monkeypatch):
@@ -194,7 +183,8 @@ def test_the_card_on_the_hub_is_ours_unless_somebody_wrote_one(monkeypatch):
 def test_the_card_that_transformers_makes_up_is_replaced(tmp_path):
     model, card = tiny_model(), tmp_path / "README.md"
     card.write_text(f"# Model\n{EMPTY_CARD}\n")
-    export(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    export(tmp_path)
     assert "# A PrefixVLM checkpoint" in card.read_text()
 
 
@@ -210,3 +200,34 @@ def test_what_5x_writes_of_a_tokenizer_can_be_read_by_4x(tmp_path):
     PrefixVLMProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
     assert again["additional_special_tokens"] == config["additional_special_tokens"]
+
+
+@pytest.mark.parametrize("content", ["# Zürich\n".encode("latin-1"), None], ids=["not UTF-8", "a folder"])
+def test_a_readme_that_cannot_be_read_is_kept_and_named(tmp_path, content):
+    card = tmp_path / "README.md"
+    card.mkdir() if content is None else card.write_bytes(content)
+    for saver in (tiny_model(), tiny_processor()):
+        with pytest.warns(UserWarning, match=re.escape(f"{card} is kept")):
+            saver.save_pretrained(tmp_path)
+    assert card.is_dir() if content is None else card.read_bytes() == content
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "tokenizer.json"} | CODE
+
+
+def test_a_processor_completes_the_card_of_the_model_beside_it(tmp_path):
+    """As in what a Trainer uploads of an unfinished run: weights are copied there, and only the processor is saved."""
+    tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    written = (tmp_path / "README.md").read_bytes()
+    (tmp_path / "README.md").unlink()
+    tiny_processor().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == written
+    tiny_processor().save_pretrained(tmp_path / "alone")
+    assert not (tmp_path / "alone" / "README.md").exists()
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "qwen2"}', "{", "[]"])
+def test_a_processor_beside_another_model_writes_no_card(tmp_path, config):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "config.json").write_text(config)
+    tiny_processor().save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()

@@ -1,17 +1,22 @@
 """What arrives on the Hub, whichever way it is pushed: all that a loader needs, and nothing of the training."""
 
+from functools import partial
+
 import pytest
 import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, RepoUrl, hf_api
 from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 from tiny import tiny_model, tiny_processor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import hub
+from travelling import CODE
 
 from prefixvlm.cli import main
+from prefixvlm.configuration.configuration_prefix_vlm import AUTO_MAP
 
 REPO = "someone/vlm"
-CODE = {f"{name}_prefix_vlm.py" for name in ("configuration", "modeling", "masking", "loss", "cpu", "processing", "images")}
 OF_THE_MODEL = {"config.json", "generation_config.json", "model.safetensors", "README.md"} | CODE
 OF_THE_PROCESSOR = {
     "chat_template.jinja",
@@ -51,7 +56,9 @@ def pushed(monkeypatch) -> dict[str, bytes]:
     for name, stand_in in {"create_repo": create_repo, "create_commit": create_commit}.items():
         monkeypatch.setattr(HfApi, name, stand_in)
         # 4.x calls functions of the module, which belong to an object made at its import
-        monkeypatch.setattr(hub, name, lambda *args, call=stand_in, **kwargs: call(None, *args, **kwargs), raising=False)
+        for module in (hub, transformers.trainer):
+            call = partial(stand_in, None)
+            monkeypatch.setattr(module, name, call, raising=False)
     # else 1.x of huggingface_hub uploads by parts, with other calls
     monkeypatch.setattr(hf_api, "is_xet_available", lambda: False, raising=False)
     # the Hub itself would check the head of the card
@@ -93,3 +100,78 @@ def test_what_was_pushed_loads(pushed, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert model.state_dict().keys() == tiny_model().state_dict().keys()
     assert processor.num_image_tokens == model.config.num_image_tokens
+
+
+SAVERS = {"configuration": lambda: tiny_model().config, "model": tiny_model, "processor": tiny_processor}
+AUTO = {"configuration": "AutoConfig", "model": "AutoModelForImageTextToText", "processor": "AutoProcessor"}
+
+
+def as_remote_code(kind, folder):
+    """What the Auto classes load without this package; with it, 5.x would take the package's own class."""
+    remote = get_class_from_dynamic_module(AUTO_MAP[AUTO[kind]], str(folder))
+    assert remote.__module__.startswith("transformers_modules.")
+    remote.register_for_auto_class(AUTO[kind])
+    return remote.from_pretrained(folder)
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def train_until_it_is_killed(model, processor, output):
+    """A plain `Trainer` that pushes each save, killed at the second step, after the first push."""
+    batch = dict(processor(images=Image.new("RGB", (9, 9)), text="red", return_labels=True, return_tensors="pt"))
+    arguments = TrainingArguments(
+        str(output),
+        push_to_hub=True,
+        hub_model_id=REPO,
+        hub_strategy="every_save",
+        max_steps=3,
+        save_steps=1,
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+    class KilledTrainer(Trainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 1:
+                self._finish_current_push()
+                raise KilledError
+            return super().training_step(*args, **kwargs)
+
+    trainer = KilledTrainer(
+        model, arguments, train_dataset=[0] * 4, data_collator=lambda rows: batch, processing_class=processor
+    )
+    with pytest.raises(KilledError):
+        trainer.train()
+
+
+@pytest.mark.parametrize("remote", [True, False], ids=["remote code", "the package"])
+def test_each_push_of_an_unfinished_run_is_a_whole_repository(pushed, tmp_path, remote):
+    tiny_model().save_pretrained(tmp_path / "start")
+    tiny_processor().save_pretrained(tmp_path / "start")
+    if remote:
+        model, processor = (as_remote_code(kind, tmp_path / "start") for kind in ("model", "processor"))
+    else:
+        model, processor = tiny_model(), tiny_processor()
+    train_until_it_is_killed(model, processor, tmp_path / "run")
+    # who trains without this package has no card to fill in
+    assert pushed.keys() - {".gitattributes"} >= (OF_THE_MODEL | OF_THE_PROCESSOR) - ({"README.md"} if remote else set())
+    (tmp_path / "pushed").mkdir()
+    for name, content in pushed.items():
+        (tmp_path / "pushed" / name).write_bytes(content)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "pushed", trust_remote_code=True)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert AutoProcessor.from_pretrained(tmp_path / "pushed", trust_remote_code=True).num_image_tokens == 4
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_each_class_saves_all_the_code_alone_and_as_remote_code(kind, tmp_path):
+    """Whichever part is loaded and saved alone, what it is saved beside can be loaded."""
+    SAVERS[kind]().save_pretrained(tmp_path / f"{kind}-first")
+    as_remote_code(kind, tmp_path / f"{kind}-first").save_pretrained(tmp_path / "second")
+    for name in (f"{kind}-first", "second"):
+        assert {path.name for path in (tmp_path / name).glob("*.py")} == CODE

@@ -13,19 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_processor
 from transformers import Trainer, TrainingArguments
+from travelling import CODE
 
 from prefixvlm import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.configuration.configuration_prefix_vlm import AUTO_MAP
 
-CODE = {
-    "configuration_prefix_vlm.py",
-    "images_prefix_vlm.py",
-    "masking_prefix_vlm.py",
-    "loss_prefix_vlm.py",
-    "cpu_prefix_vlm.py",
-    "modeling_prefix_vlm.py",
-    "processing_prefix_vlm.py",
-}
 DATA = {
     "README.md",
     "chat_template.jinja",

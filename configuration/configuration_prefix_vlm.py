@@ -3,6 +3,7 @@
 This file travels to the Hub with every checkpoint, so it imports only transformers.
 """
 
+import copy
 import importlib
 import os
 
@@ -49,7 +50,7 @@ PAPER_TEXT = {  # Table IIa, Qwen2.5-0.5B
     "rope_theta": 1_000_000.0,
     "tie_word_embeddings": True,
     "bos_token_id": 151643,
-    "eos_token_id": 151643,
+    "eos_token_id": [151645, 151643],  # the end of a turn, the end of a text
 }
 PRESETS: dict[str, dict] = {
     # Table IV counts 18 M parameters in the projector, which a hidden layer 8960 wide gives
@@ -105,7 +106,7 @@ def _readable_text_config(values: dict) -> dict:
 
 def _sub_config(values, default_class, defaults):
     if isinstance(values, PretrainedConfig):
-        return values
+        return copy.deepcopy(values)  # what this class sets in it stays here
     if values is None:
         return default_class(**defaults)
     values = dict(values)
@@ -129,7 +130,8 @@ class PrefixVLMConfig(PretrainedConfig):
         projector_hidden_size: width between the projector's two layers; `None` takes the text width.
         projector_hidden_act: activation between them.
         image_token_id: the token that stands for one image feature in `input_ids`.
-        tie_word_embeddings: whether the language head shares its weights with the embeddings; `None` follows `text_config`.
+        tie_word_embeddings: whether the language head shares its weights with the embeddings; `None` follows `text_config`,
+            which holds it from then on.
 
     Raises:
         ValueError: for an unknown attention mode or backbone type.
@@ -137,7 +139,8 @@ class PrefixVLMConfig(PretrainedConfig):
 
     model_type = "prefix_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    # `Trainer` gathers all other outputs from all processes, which needs equal shapes
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "token_losses"]
 
     def __init__(
         self,
@@ -164,8 +167,7 @@ class PrefixVLMConfig(PretrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.image_token_id = image_token_id
         if tie_word_embeddings is None:
-            tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        self.text_config.tie_word_embeddings = tie_word_embeddings
+            tie_word_embeddings = self.tie_word_embeddings
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
@@ -185,6 +187,18 @@ class PrefixVLMConfig(PretrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the language head shares its weights with the embeddings: what `text_config` says."""
+        return bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        self.text_config.tie_word_embeddings = value
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     @property
     def num_image_tokens(self) -> int:

@@ -23,8 +23,7 @@ def attention_mask_4d(
     valid: torch.Tensor,
     image_ids: torch.Tensor,
     mode: str,
-    query_start: int = 0,
-    query_length: int | None = None,
+    queries: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mask of every mode, True where a query may attend to a key (arXiv 2503.19508, Fig. 3 and 6).
@@ -45,18 +44,16 @@ def attention_mask_4d(
         valid: (B, K) bool, False at padding and at cache slots not filled yet.
         image_ids: (B, K), what `image_index` returns.
         mode: `causal`, `prefix`, `prefix_all_images` or `bidirectional`.
-        query_start: the key position of the first query, which is the number of cached tokens.
-        query_length: Q; `None` for all positions from `query_start` on.
+        queries: (Q,), the key positions of the queries; `None` for all.
         document_ids: (B, K), equal for the positions of one packed sample; `None` for one sample per row.
 
     Returns:
         (B, 1, Q, K) bool.
     """
     k = torch.arange(valid.shape[-1], device=valid.device)
-    queries = slice(query_start, None if query_length is None else query_start + query_length)
-    q = k[queries]
+    q = k if queries is None else queries
     itself = k == q[:, None]
-    image_q, image_k = image_ids[:, queries, None], image_ids[:, None, :]
+    image_q, image_k = image_ids[:, q, None], image_ids[:, None, :]
     causal = k <= q[:, None]
     if mode == "causal":
         allowed = causal[None]
@@ -69,8 +66,8 @@ def attention_mask_4d(
     else:
         raise ValueError(f"There is no attention mode {mode!r}; choose causal, prefix, prefix_all_images or bidirectional.")
     if document_ids is not None:
-        allowed = allowed & (document_ids[:, queries, None] == document_ids[:, None, :])
-    allowed = (allowed & valid[:, None, :]) | (itself & ~valid[:, queries, None])
+        allowed = allowed & (document_ids[:, q, None] == document_ids[:, None, :])
+    allowed = (allowed & valid[:, None, :]) | (itself & ~valid[:, q, None])
     return allowed[:, None]
 
 

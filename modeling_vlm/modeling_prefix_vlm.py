@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_prefix_vlm import (
@@ -36,6 +38,12 @@ from ..configuration.configuration_prefix_vlm import (
 from .cpu_prefix_vlm import cpu_products, one_token
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
+from .positions_prefix_vlm import attention_window, cache_lengths, context, documents, is_empty, positions
+from .tying_prefix_vlm import fill_head, is_tied, is_tied_checkpoint, refuse_to_drop_head, tied_weights_keys
+
+
+# what others read from `get_image_features`: on transformers 4 the features themselves, on 5 an output that holds them
+FEATURES_IN_OUTPUT = int(transformers.__version__.partition(".")[0]) >= 5
 
 
 @dataclass
@@ -127,9 +135,63 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 4
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+            # by default it would be reentrant, which gives adapters of the frozen image encoder no gradient
+            super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As in transformers. A head that is untied on the way starts as a copy of the embeddings, which it was.
+
+        Raises:
+            ValueError: if `tie_word_embeddings=True` would drop the checkpoint's own head.
+        """
+        asked = kwargs.get("tie_word_embeddings", getattr(kwargs.get("config"), "tie_word_embeddings", None))
+        if asked:
+            is_tied_there = is_tied_checkpoint(cls.config_class, pretrained_model_name_or_path, kwargs)
+            refuse_to_drop_head(pretrained_model_name_or_path, asked, is_tied_there)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        fill_head(model, report["missing_keys"])
+        return (model, report) if output_loading_info else model
+
+    def load_adapter(self, *args, **kwargs):
+        result = super().load_adapter(*args, **kwargs)  # on 5.x not by `load_state_dict`
+        self._take_mode_of_adapters()
+        return result
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)  # as PEFT loads an adapter
+        self._take_mode_of_adapters()
+
+    def _take_mode_of_adapters(self):
+        """Sets the attention mode that the adapters in this model were trained in, where their adapter_config.json has it.
+
+        Raises:
+            ValueError: if they were trained in different ones.
+        """
+        modes = {}
+        for name, adapter in getattr(self, "peft_config", {}).items():
+            if mode := (adapter.auto_mapping or {}).get("attention_mode"):
+                modes[mode] = name
+                adapter.task_type = adapter.task_type or "CAUSAL_LM"  # without one, PEFT writes a mapping of its own
+        if len(modes) > 1:
+            trained = " and ".join(f"{name} in {mode}" for mode, name in modes.items())
+            raise ValueError(f"One model cannot have adapters of different attention modes: {trained}; load one of them.")
+        if modes:
+            self.config.attention_mode = next(iter(modes))
+
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
         """Writes a complete Hub repository: weights, configuration, and the code that loads them without this package."""
         push_kwargs = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs}
+        for adapter in getattr(self, "peft_config", {}).values():
+            adapter.auto_mapping = {**(adapter.auto_mapping or {}), "attention_mode": self.config.attention_mode}
+            adapter.task_type = adapter.task_type or "CAUSAL_LM"
+        if (shared := is_tied(self)) is not None:
+            self.config.tie_word_embeddings = shared  # whatever was set in between
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self._complete_repository(save_directory)
@@ -166,6 +228,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         self.vision_tower = _nest(vision_model)
         self.projector = PrefixVLMProjector(config)
         self.language_model = language_model
+        self._tied_weights_keys = tied_weights_keys(language_model, "language_model.")
         parts = (vision_model, language_model)
         self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
         self.post_init()
@@ -189,17 +252,57 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         return self.language_model.get_decoder()
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (I, C, H, W) to the encoder's patch features (I, P, width of the encoder)."""
+        """Images (I, C, H, W) to the encoder's patch features (I, P, width of the encoder).
+
+        Raises:
+            ValueError: for images of another shape than the encoder's.
+        """
+        return self._encode(pixel_values).last_hidden_state
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
+        """Images (I, C, H, W) to projected features (I, P, D), as models of transformers give them to those who call it.
+
+        Args:
+            kwargs: arguments of the encoder, such as `output_hidden_states`.
+
+        Returns:
+            On transformers 4 the features. On 5 the encoder's output, `last_hidden_state` being its patch features, with
+            the projected ones as `pooler_output`.
+
+        Raises:
+            ValueError: for images of another shape than the encoder's, or a choice of features that this model lacks.
+        """
+        as_tuple = kwargs.pop("return_dict", None) is False
+        for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} cannot be chosen: the projector reads the patch features of the last layer.")
+        output = self._encode(pixel_values, **kwargs)
+        features = self._project(output.last_hidden_state)
+        if not FEATURES_IN_OUTPUT:
+            return features
+        output = BaseModelOutputWithPooling(**{**output, "pooler_output": features})
+        return output.to_tuple() if as_tuple else output
+
+    def _encode(self, pixel_values: torch.Tensor, **kwargs) -> ModelOutput:
+        """The encoder's output for images (I, C, H, W), its `last_hidden_state` (I, P, ...) without a class token."""
         pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is accepted too
+        shape = self._image_shape
+        if pixel_values.shape[1:] != shape:
+            raise ValueError(
+                f"pixel_values holds images of {_by(pixel_values.shape[1:])} (channels, height, width), but the encoder "
+                f"reads {_by(shape)}; prepare them with this model's own processor."
+            )
         pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
         with cpu_products(self, pixel_values):
-            features = self.vision_tower(pixel_values=pixel_values, return_dict=True).last_hidden_state
+            output = self.vision_tower(pixel_values=pixel_values, return_dict=True, **kwargs)
         # CLIP-like encoders put a class token before the patches
-        return features[:, -self.config.num_image_tokens :]
+        output["last_hidden_state"] = output.last_hidden_state[:, -self.config.num_image_tokens :]
+        return output
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (I, C, H, W) to projected features (I, P, D)."""
-        return self._project(self.get_vision_features(pixel_values))
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        config = self.config.vision_config
+        return (getattr(config, "num_channels", 3), config.image_size, config.image_size)
 
     def _project(self, vision_features: torch.Tensor) -> torch.Tensor:
         with cpu_products(self, vision_features):
@@ -224,23 +327,21 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         """
         batch, length = inputs_embeds.shape[:2]
         device = is_image.device
-        past, capacity = _cache_lengths(past_key_values, length, cache_position)
-        window = _attention_window(self.config.text_config)
-        if window is not None and max(capacity, past + length) > window:
+        past, capacity = cache_lengths(past_key_values, length, cache_position)
+        window = attention_window(self.config.text_config)
+        tokens = capacity if window is None or torch.compiler.is_compiling() else max(capacity, int(past) + length)
+        if window is not None and tokens > window:
             raise ValueError(
-                f"{max(capacity, past + length)} tokens exceed the sliding window of {window} in some layers of this "
+                f"{tokens} tokens exceed the sliding window of {window} in some layers of this "
                 f"{self.config.text_config.model_type} decoder; shorten the input, or choose another decoder."
             )
-        valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
-        if attention_mask is None:
-            valid[:, : past + length] = True
-        else:
-            valid[:, : past + length] = attention_mask[:, : past + length].bool()
+        valid = (torch.arange(capacity, device=device) < past + length).expand(batch, capacity)
+        if attention_mask is not None:
+            valid = valid & nn.functional.pad(attention_mask.bool(), (0, capacity))[:, :capacity]
+        queries = torch.arange(length, device=device) + past
         image_ids = torch.zeros(batch, capacity, dtype=torch.long, device=device)
-        image_ids[:, past : past + length] = image_index(is_image, self.config.num_image_tokens)
-        mask = attention_mask_4d(
-            valid, image_ids, self.config.attention_mode, query_start=past, query_length=length, document_ids=document_ids
-        )
+        image_ids[:, queries] = image_index(is_image, self.config.num_image_tokens)
+        mask = attention_mask_4d(valid, image_ids, self.config.attention_mode, queries, document_ids)
         return self._in_form_of_attention(mask, inputs_embeds.dtype)
 
     def _in_form_of_attention(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -251,6 +352,27 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         if implementation != "sdpa":
             raise ValueError(f"The decoder's {implementation} attention would drop the 4D mask; use sdpa or eager.")
         return mask
+
+    def _refuse_prompt(self, is_image, position_ids, past_key_values, cache_position) -> None:
+        """Raises a ValueError for a prompt that the decoder would misread."""
+        if torch.compiler.is_compiling():  # asking the device would break the graph
+            return
+        past = int(cache_lengths(past_key_values, 0, cache_position)[0])
+        if past and self.config.attention_mode == "prefix_all_images" and is_image.any():
+            raise ValueError(
+                "With prefix_all_images attention, earlier tokens attend to later images, so a new image changes what is "
+                "cached; pass the whole conversation without a cache."
+            )
+        limit, tokens = context(self.config.text_config), past + is_image.shape[1]
+        if limit is None or tokens <= limit:
+            return
+        if position_ids is not None:  # padding does not count, and packed samples do not count together
+            tokens = int(position_ids.max()) + 1
+        if tokens > limit:
+            raise ValueError(
+                f"The prompt has {tokens} tokens, but this {self.config.text_config.model_type} decoder reads at most "
+                f"{limit}; shorten it."
+            )
 
     def _is_image(self, input_ids, inputs_embeds) -> torch.Tensor:
         """(B, T) bool, True at image positions."""
@@ -265,22 +387,42 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and vision_features is not None:
             raise ValueError("Pass at most one of `pixel_values` and `vision_features`.")
-        is_image = self._is_image(input_ids, inputs_embeds) if token_type_ids is None else token_type_ids.bool()
+        is_placeholder = self._is_image(input_ids, inputs_embeds)
+        is_image = is_placeholder if token_type_ids is None else token_type_ids.bool()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_hidden_states = None
         if pixel_values is not None:
             vision_features = self.get_vision_features(pixel_values)
         if vision_features is not None:
             image_hidden_states = self._project(vision_features).to(inputs_embeds.dtype)
-            wanted, given = int(is_image.sum()), image_hidden_states.shape[0] * image_hidden_states.shape[1]
-            if wanted != given:
-                raise ValueError(
-                    f"The text has {wanted} image tokens, but {image_hidden_states.shape[0]} image(s) of "
-                    f"{image_hidden_states.shape[1]} features each make {given}; let the processor place the image tokens."
-                )
+            self._refuse_mismatch(is_image, len(image_hidden_states), image_hidden_states.shape[1])
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_hidden_states)
-        return inputs_embeds, is_image, image_hidden_states
+            return inputs_embeds, is_image, image_hidden_states
+        if inputs_embeds.shape[1] > 1:  # a generated token is never an image's
+            self._refuse_mismatch(is_placeholder, 0)
+        if self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._of_no_image()
+        return inputs_embeds, is_image, None
+
+    def _refuse_mismatch(self, is_image: torch.Tensor, images: int, features: int | None = None) -> None:
+        if torch.compiler.is_compiling():  # counting would break the graph
+            return
+        features = self.config.num_image_tokens if features is None else features
+        wanted = int(is_image.sum())
+        if wanted != images * features:
+            raise ValueError(
+                f"The text has {wanted} image tokens, but {images} image(s) of {features} features each make "
+                f"{images * features}; let the processor place the image tokens."
+            )
+
+    def _of_no_image(self) -> torch.Tensor:
+        """A scalar 0 that depends on encoder and projector, for training on a batch without images.
+
+        Their parameters then get a gradient, which is 0, in every batch; and of several processes, whose batches may have
+        images, all call the same modules. DDP and FSDP need both.
+        """
+        blank = torch.zeros(1, *self._image_shape, device=self.device)
+        return 0.0 * self._project(self.get_vision_features(blank)).mean()
 
     def forward(
         self,
@@ -303,13 +445,16 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             input_ids: (B, T), with P copies of `config.image_token_id` for each image.
             pixel_values: (I, C, H, W), the images in reading order.
             attention_mask: (B, K), 0 at padding, on either side; or a 4D mask, used as is.
-            position_ids: (B, T); by default counted from the first token after padding, from 0 in each document.
+            position_ids: (B, T); by default counted from the first token after padding, from 0 in each document. Where they
+                start again, a packed sample starts, as in padding-free batches of transformers and TRL.
             token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already contains image features.
-            document_ids: (B, T), the packed sample of each position; documents do not attend to each other.
+            document_ids: (B, T), the packed sample of each position; documents do not attend to each other. By default
+                they follow from `position_ids`.
             vision_features: (I, P, width of the encoder), from `get_vision_features`, instead of `pixel_values`.
 
         Raises:
-            ValueError: if image tokens and image features differ in number, or a bidirectional model is given a cache.
+            ValueError: if image tokens and image features differ in number, a prompt exceeds the decoder's context, a
+                bidirectional model is given a cache, or `prefix_all_images` a new image after a cached prompt.
         """
         if self.config.attention_mode == "bidirectional":
             if use_cache or past_key_values is not None:
@@ -324,15 +469,17 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
         length = inputs_embeds.shape[1]
         cache_position = kwargs.get("cache_position")
-        past, _ = _cache_lengths(past_key_values, length, cache_position)
         if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
+            if document_ids is None and position_ids is not None and is_empty(past_key_values):
+                document_ids = documents(position_ids)
             if position_ids is None:
-                position_ids = _position_ids(attention_mask, document_ids, length)
-            if past == 0 or length > 1:
+                position_ids = positions(attention_mask, document_ids, length)
+            if length > 1:
+                self._refuse_prompt(is_image, position_ids, past_key_values, cache_position)
                 attention_mask = self._update_causal_mask(
                     attention_mask, is_image, inputs_embeds, past_key_values, document_ids, cache_position
                 )
-            # else a single text token after all others sees them all, as in the mask the decoder makes of the 2D one
+            # else a single token, after all others, sees them all, as in the mask the decoder makes of the 2D one
 
         decoder = self.get_decoder()
         inputs = {
@@ -405,6 +552,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
                 "SigLIP, SigLIP 2 or CLIP model of fixed resolution."
             )
         text_config = AutoConfig.from_pretrained(text)
+        refuse_to_drop_head(text, config.get("tie_word_embeddings"), text_config.tie_word_embeddings)
         tokenizer = _tokenizer(text)
         image_token_id = config.pop("image_token_id", None)
         if image_token_id is None:
@@ -422,6 +570,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         language_model, report = AutoModelForCausalLM.from_pretrained(
             text, config=joint.text_config, dtype=dtype, output_loading_info=True
         )
+        if text_config.tie_word_embeddings:
+            fill_head(language_model, report["missing_keys"])
         if report["missing_keys"]:
             raise ValueError(f"{text} lacks weights of the decoder: {sorted(report['missing_keys'])[:3]}.")
         if vocabulary > language_model.get_input_embeddings().num_embeddings:
@@ -435,14 +585,10 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return model
 
     def set_stop_tokens(self, tokenizer) -> None:
-        """Makes `generate` stop also at the end of a turn and at the tokenizer's end token, and pad as the tokenizer does.
-
-        Args:
-            tokenizer: one that has the conversation tokens.
-        """
+        """Makes `generate` stop also at the end of a turn and at the tokenizer's end token, and pad as the tokenizer does."""
         known = self.generation_config.eos_token_id
         known = known if isinstance(known, list) else [known]
-        ends = [tokenizer.convert_tokens_to_ids(TURN_END_TOKEN), tokenizer.eos_token_id, *known]
+        ends = [tokenizer.get_vocab().get(TURN_END_TOKEN), tokenizer.eos_token_id, *known]
         self.generation_config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
         pad = tokenizer.pad_token_id
         self.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
@@ -485,6 +631,24 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
         return logits
 
+    def _loss(self, hidden_states, logits, targets, num_items_in_batch):
+        """The loss, and the detached losses of the supervised tokens, from logits or, without them, from hidden states.
+
+        Args:
+            targets: (B, T), the token to predict at each position, -100 for none.
+        """
+        supervised = targets != IGNORE_INDEX
+        items = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        items = items.to(hidden_states.device) if torch.is_tensor(items) else items
+        if logits is not None and torch.compiler.is_compiling():  # choosing the supervised positions would break the graph
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+            return losses / items, None
+        if logits is None and self._has_plain_head():
+            return head_and_loss(self.get_output_embeddings(), hidden_states[supervised], targets[supervised], items)
+        scores = self._head(hidden_states[supervised]) if logits is None else logits[supervised]
+        losses = nn.functional.cross_entropy(scores.float(), targets[supervised], reduction="none")
+        return losses.sum() / items, losses.detach()
+
     def _has_plain_head(self) -> bool:
         """Whether `_head` is a single matrix product."""
         scaling = ("logits_scaling", "logit_scale", "final_logit_softcapping")
@@ -514,12 +678,15 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
 
         Args:
             labels: (B, T), the token ids to predict, -100 where there is no target; position t is predicted from t - 1.
+            shift_labels: (B, T), labels that are shifted already: position t is predicted from t. They replace `labels`.
             logits_to_keep: compute logits only for the last N positions, or for these positions (0: all).
             num_items_in_batch: what the summed loss is divided by; by default the number of supervised tokens. A trainer
                 that accumulates gradients passes the count of the whole batch.
             skip_logits: with labels, run the head on the supervised positions only and return no logits: the same loss
                 for a fraction of the memory.
         """
+        # no parameter by name: `Trainer` would take it for labels that every batch must have, and evaluate nothing
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -534,25 +701,21 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         )
         hidden_states: Any = outputs.last_hidden_state
         loss = logits = token_losses = None
-        if labels is None or not skip_logits:
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            if document_ids is None and position_ids is not None:
+                document_ids = documents(position_ids)
+            if document_ids is not None:  # the last token of a document does not predict the first of the next
+                is_last = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (0, 1))
+                shift_labels = shift_labels.masked_fill(is_last.to(shift_labels.device), IGNORE_INDEX)
+        if shift_labels is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             # with labels every position is needed
-            logits = self._head(hidden_states if labels is not None else hidden_states[:, kept])
-        if labels is not None:
-            targets = labels[:, 1:].to(hidden_states.device)
-            supervised = targets != IGNORE_INDEX
-            if document_ids is not None:  # the last token of a document does not predict the first of the next
-                supervised = supervised & (document_ids[:, 1:] == document_ids[:, :-1])
-            targets = targets[supervised]
-            items = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
-            items = items.to(hidden_states.device) if torch.is_tensor(items) else items
-            if logits is None and self._has_plain_head():
-                hidden_states = hidden_states[:, :-1][supervised]
-                loss, token_losses = head_and_loss(self.get_output_embeddings(), hidden_states, targets, items)
-            else:
-                scores = self._head(hidden_states[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]
-                losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
-                loss, token_losses = losses.sum() / items, losses.detach()
+            logits = self._head(hidden_states if shift_labels is not None else hidden_states[:, kept])
+        if shift_labels is not None:
+            loss, token_losses = self._loss(
+                hidden_states, logits, shift_labels.to(hidden_states.device), num_items_in_batch
+            )
         result = PrefixVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -567,7 +730,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, inputs_embeds=None, pixel_values=None, token_type_ids=None, **kwargs
     ):
-        past, _ = _cache_lengths(past_key_values, 0)
+        past, _ = cache_lengths(past_key_values, 0)
         if token_type_ids is None or past > 0:
             # passes the image positions to `create_masks_for_generate`, which gets no token ids; embeddings cover the
             # prompt alone, so once it is cached the ids are read
@@ -580,18 +743,33 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             **kwargs,
         )
         # images go with the pass that contains their tokens: the prompt, or a continuation with new images
-        model_inputs["pixel_values"] = pixel_values if model_inputs["token_type_ids"].any() else None
+        is_image = model_inputs["token_type_ids"]
+        has_images = pixel_values is not None and is_image.shape[1] > 1 and bool(is_image.any())
+        model_inputs["pixel_values"] = pixel_values if has_images else None
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats every sample for beams; the images of a sample stay together."""
+        """Repeats every sample for beams; the images of a sample stay together. Images that are in the cache are left out.
+
+        Raises:
+            ValueError: if image tokens and images differ in number.
+        """
         pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None:
-            is_image = self._is_image(input_ids, model_kwargs.get("inputs_embeds"))
-            images = (is_image.sum(dim=-1) // self.config.num_image_tokens).tolist()
+        past, _ = cache_lengths(model_kwargs.get("past_key_values"), 0)
+        is_image = self._is_image(input_ids, model_kwargs.get("inputs_embeds"))
+        if pixel_values is None:
+            self._refuse_mismatch(is_image[:, past:], 0)
+        else:
             pixel_values = pixel_values.flatten(0, -4)
-            if sum(images) == len(pixel_values):  # else forward raises the error
-                pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in pixel_values.split(images)])
+            images, new = (
+                (part.sum(dim=-1) // self.config.num_image_tokens).tolist() for part in (is_image, is_image[:, past:])
+            )
+            if len(pixel_values) == sum(new):
+                images = new
+            elif len(pixel_values) != sum(images):
+                self._refuse_mismatch(is_image[:, past:], len(pixel_values))
+            groups = [group[len(group) - count :] for group, count in zip(pixel_values.split(images), new, strict=True)]
+            pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
@@ -601,43 +779,16 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         """The mask that `generate` prepares for a static cache; transformers' own would be causal."""
         # the embeddings are named `input_embeds` on 4.x and `inputs_embeds` on 5.x
         inputs_embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
+        is_image, cache_position = token_type_ids.bool(), kwargs.get("cache_position")
+        if is_image.shape[1] > 1:
+            self._refuse_prompt(is_image, kwargs.get("position_ids"), past_key_values, cache_position)
         return self._update_causal_mask(
-            attention_mask,
-            token_type_ids.bool(),
-            inputs_embeds,
-            past_key_values,
-            cache_position=kwargs.get("cache_position"),
+            attention_mask, is_image, inputs_embeds, past_key_values, cache_position=cache_position
         )
 
 
-def _cache_lengths(past_key_values, length: int, cache_position=None) -> tuple[int, int]:
-    """The number of cached tokens, and of the keys that attention sees once `length` more are added."""
-    if past_key_values is None:
-        return 0, length
-    # in transformers 4 a static cache counts its non-zero keys, and padding may have zero keys
-    past = int(past_key_values.get_seq_length() if cache_position is None else cache_position[0])
-    if not past_key_values.is_compileable:
-        return past, past + length  # it grows
-    get_capacity = getattr(past_key_values, "get_max_length", None) or past_key_values.get_max_cache_shape  # 5.x or 4.x
-    return past, get_capacity(0)
-
-
-def _attention_window(text_config) -> int | None:
-    """The sliding window of the decoder, in tokens; `None` if no layer has one."""
-    window = getattr(text_config, "sliding_window", None)
-    layer_types = getattr(text_config, "layer_types", None)
-    return window if layer_types is None or "sliding_attention" in layer_types else None
-
-
-def _position_ids(attention_mask, document_ids, length: int):
-    """(B, T) positions that start at 0 after left padding and in each document; `None` where plain counting suffices."""
-    if document_ids is not None:
-        position = torch.arange(length, device=document_ids.device).expand_as(document_ids)
-        is_start = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-        return position - torch.where(is_start, position, 0).cummax(dim=-1).values
-    if attention_mask is None:
-        return None
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+def _by(shape) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _tokenizer(text: str):

@@ -51,8 +51,7 @@ def test_mask_is_the_rule(drawn, mode, data):
         torch.tensor(valid) if valid else torch.ones(len(rows), width, dtype=torch.bool),
         torch.tensor(rows),
         mode,
-        query_start=start,
-        query_length=length,
+        torch.arange(start, width if length is None else start + length),
         document_ids=torch.tensor(documents) if documents else None,
     )
     assert mask.dtype == torch.bool

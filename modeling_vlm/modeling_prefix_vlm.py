@@ -41,7 +41,6 @@ from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 from .positions_prefix_vlm import attention_window, cache_lengths, context, documents, is_empty, positions
 from .tying_prefix_vlm import fill_head, is_tied, is_tied_checkpoint, refuse_to_drop_head, tied_weights_keys
 
-
 # what others read from `get_image_features`: on transformers 4 the features themselves, on 5 an output that holds them
 FEATURES_IN_OUTPUT = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -585,7 +584,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return model
 
     def set_stop_tokens(self, tokenizer) -> None:
-        """Makes `generate` stop also at the end of a turn and at the tokenizer's end token, and pad as the tokenizer does."""
+        """Makes `generate` stop also at a turn's end and at the tokenizer's end token, and pad as the tokenizer does."""
         known = self.generation_config.eos_token_id
         known = known if isinstance(known, list) else [known]
         ends = [tokenizer.get_vocab().get(TURN_END_TOKEN), tokenizer.eos_token_id, *known]

@@ -36,8 +36,8 @@ def test_positions_that_start_again_are_documents(mode):
     torch.testing.assert_close(together.token_losses, torch.cat([output.token_losses for output in alone]))
 
 
-def test_a_padding_free_batch_of_transformers(mode="prefix"):
-    model = tiny_model(mode)
+def test_a_padding_free_batch_of_transformers():
+    model = tiny_model()
     samples, joined = packed(model, ["Iwww", "Iww"])
     features = [
         {"input_ids": sample["input_ids"][0].tolist(), "labels": text_labels(sample["input_ids"])[0].tolist()}

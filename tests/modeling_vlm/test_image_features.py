@@ -50,7 +50,8 @@ def test_a_batch_without_images_reaches_every_parameter(mode, checkpointing):
             assert torch.equal(parameter.grad, other.grad), name
         else:
             assert other.grad is None
-            assert parameter.grad is not None and not parameter.grad.any(), name
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
 
 
 def test_with_a_frozen_decoder_a_batch_without_images_trains_nothing():

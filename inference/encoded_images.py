@@ -82,7 +82,7 @@ class EncodedImages:
     def _prompt(self, question: str) -> tuple[str, list[int]]:
         """The prompt as text and as ids, each image one token."""
         text = self.processor.apply_chat_template(user_messages(self.images, question), add_generation_prompt=True)
-        return text, self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text, self.processor.text_ids(text)
 
     def _copied(self, rows: int):
         cache = copy.deepcopy(self._cache)  # generating appends to it

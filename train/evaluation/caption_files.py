@@ -27,7 +27,8 @@ def score_files(
         intervals: whether to add 95% intervals, from 1,000 resamples of the images.
 
     Returns:
-        `images` (how many were scored), `images_without_prediction` if there are any, the scores, and `intervals`.
+        `images` (how many were scored), `images_without_prediction` if there are any, the scores, `notes` on scores that
+        are 0 by construction, and `intervals`.
 
     Raises:
         ValueError: if a file is malformed, or its images do not match the other file's.
@@ -61,6 +62,8 @@ def score_files(
             file=sys.stderr,
         )
     result |= scored.scores
+    if scored.notes:
+        result["notes"] = scored.notes
     if intervals:
         result["intervals"] = bootstrap(scored.resampled, len(images))
     return result

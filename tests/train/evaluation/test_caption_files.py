@@ -115,3 +115,37 @@ def test_the_command_does_without_torch_and_evaluate(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 2
+
+
+CHINESE = ["一只狗在草地上奔跑", "两只猫在睡觉"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "predicted", "notes"),
+    [
+        ({1: ["a dog runs fast"]}, {1: "a dog runs fast"}, ["CIDEr: 0 by construction, since there is only one image"]),
+        (
+            {1: ["a dog runs fast"], 2: ["a dog runs fast"]},
+            {1: "a dog runs fast", 2: "a dog"},
+            ["CIDEr: 0 by construction, since all images have the same references"],
+        ),
+        (
+            {1: [CHINESE[0]], 2: [CHINESE[1]]},
+            {1: CHINESE[0], 2: CHINESE[1]},
+            ["Bleu_2, Bleu_3, Bleu_4: 0 by construction", "All scores take a caption without blanks"],
+        ),
+        ({1: ["a dog runs fast"], 2: ["two cats sleep"]}, {1: "nothing", 2: "at all"}, []),
+    ],
+)
+def test_scores_that_no_prediction_could_raise_are_named(score, captions, predicted, notes):
+    names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "CIDEr")
+    code, out, _ = score(predictions(predicted), references(list(captions), captions), "--metrics", ",".join(names))
+    result = json.loads(out)
+    assert code == 0
+    found = result.get("notes", [])
+    assert len(found) == len(notes)
+    for note, begins in zip(found, notes, strict=True):
+        assert note.startswith(begins)
+        for name in names:
+            if f"{name}:" in note or f"{name}," in note:
+                assert result[name] < 1e-3, name

@@ -11,10 +11,11 @@ Shapes: N images.
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,9 @@ _SEPARATORS = str.maketrans(dict.fromkeys("\n\r\x0b\x0c\u2028\u2029", " "))
 # tokens that the reference removes
 _PUNCTUATION = {"''", "'", "``", "`", *".?!,:-;", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
 
+# letters of scripts that put no blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{2}")
+
 # the reference's guards against division by zero in BLEU
 _TINY, _SMALL = 1e-15, 1e-9
 _ROUGE_BETA = 1.2
@@ -52,9 +56,11 @@ class CaptionScores:
 
     Attributes:
         scores: the corpus scores, in the order of `METRICS`: CIDEr in [0, 10], all others in [0, 1].
+        notes: a sentence for each score that says nothing about the predictions, since none could have raised it.
     """
 
     scores: dict[str, float]
+    notes: list[str]
     _parts: list[tuple[np.ndarray, Callable[[np.ndarray], dict[str, float]]]]
 
     def resampled(self, indices: np.ndarray) -> dict[str, float]:
@@ -115,7 +121,34 @@ def _score_tokenized(predictions: list[str], references: list[list[str]], metric
     }
     parts = [make(predictions, references) for names, make in makers.items() if set(names) & set(metrics)]
     names = [name for name in METRICS if name in metrics]
-    return CaptionScores(_combined(parts, np.arange(len(predictions)), names), parts)
+    scores = _combined(parts, np.arange(len(predictions)), names)
+    return CaptionScores(scores, _notes(references, names), parts)
+
+
+def _notes(references: list[list[str]], names: Iterable[str]) -> list[str]:
+    notes = []
+    grams = [{gram for caption in captions for gram in _ngrams(caption)} for captions in references]
+    orders = [len(gram) for image in grams for gram in image]
+    impossible = [name for name in names if name.startswith("Bleu_") and int(name[-1]) > max(orders, default=0)]
+    if impossible:
+        notes.append(f"{', '.join(impossible)}: 0 by construction, since no reference has as many words.")
+    if "CIDEr" in names and all(image == grams[0] for image in grams):
+        reason = "there is only one image" if len(grams) == 1 else "all images have the same references"
+        notes.append(f"CIDEr: 0 by construction, since {reason}; it counts only what tells the references of images apart.")
+    captions = [caption for image in references for caption in image]
+    if 2 * sum(_UNSPACED.search(caption) is not None for caption in captions) > len(captions):
+        notes.append(
+            "All scores take a caption without blanks between its words for one word; put blanks between the words of "
+            "predictions and references to score languages such as Chinese."
+        )
+    return notes
+
+
+def _ngrams(caption: str) -> Iterator[tuple[str, ...]]:
+    """The 1- to 4-grams of a tokenized caption, which BLEU and CIDEr count."""
+    words = caption.split()
+    for order in range(1, 5):
+        yield from zip(*(words[start:] for start in range(order)), strict=False)
 
 
 def _combined(parts, indices: np.ndarray, names: Iterable[str]) -> dict[str, float]:

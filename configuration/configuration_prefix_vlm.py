@@ -109,7 +109,7 @@ def _sub_config(values, default_class, defaults):
         return copy.deepcopy(values)  # what this class sets in it stays here
     if values is None:
         return default_class(**defaults)
-    values = dict(values)
+    values = copy.deepcopy(values)
     model_type = values.pop("model_type", default_class.model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"transformers knows no model of type {model_type!r}; backbones must be classes of transformers.")

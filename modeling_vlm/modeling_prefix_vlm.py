@@ -272,9 +272,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             ValueError: for images of another shape than the encoder's, or a choice of features that this model lacks.
         """
         as_tuple = kwargs.pop("return_dict", None) is False
-        for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"{name} cannot be chosen: the projector reads the patch features of the last layer.")
+        _refuse_choice_of_features(kwargs)
         output = self._encode(pixel_values, **kwargs)
         features = self._project(output.last_hidden_state)
         if not FEATURES_IN_OUTPUT:
@@ -468,9 +466,10 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
         length = inputs_embeds.shape[1]
         cache_position = kwargs.get("cache_position")
+        _refuse_choice_of_features(kwargs)
         if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
-            if document_ids is None and position_ids is not None and is_empty(past_key_values):
-                document_ids = documents(position_ids)
+            if document_ids is None and is_empty(past_key_values):
+                document_ids = documents(length, position_ids, **kwargs)
             if position_ids is None:
                 position_ids = positions(attention_mask, document_ids, length)
             if length > 1:
@@ -702,8 +701,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         loss = logits = token_losses = None
         if shift_labels is None and labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            if document_ids is None and position_ids is not None:
-                document_ids = documents(position_ids)
+            if document_ids is None:
+                document_ids = documents(labels.shape[1], position_ids, **kwargs)
             if document_ids is not None:  # the last token of a document does not predict the first of the next
                 is_last = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (0, 1))
                 shift_labels = shift_labels.masked_fill(is_last.to(shift_labels.device), IGNORE_INDEX)
@@ -784,6 +783,16 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return self._update_causal_mask(
             attention_mask, is_image, inputs_embeds, past_key_values, cache_position=cache_position
         )
+
+
+def _refuse_choice_of_features(kwargs: dict) -> None:
+    """Takes arguments of LLaVA that have no meaning here out of `kwargs`; raises a ValueError if one is given."""
+    for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "interpolate_pos_encoding"):
+        if kwargs.pop(name, None):
+            raise ValueError(
+                f"{name} cannot be chosen: images have the encoder's size, and the projector reads all patch features of its "
+                "last layer; leave it out."
+            )
 
 
 def _by(shape) -> str:

@@ -57,7 +57,23 @@ def positions(attention_mask, document_ids, length: int) -> torch.Tensor | None:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
-def documents(position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) the packed document of each position: a new one starts where positions do not rise."""
+def documents(
+    length: int, position_ids: torch.Tensor | None = None, seq_idx=None, cu_seq_lens_q=None, **_
+) -> torch.Tensor | None:
+    """(B, T) the packed document of each position, as padding-free batches of transformers give it; `None` if they do not.
+
+    Args:
+        length: T.
+        position_ids: (B, T), a new document starts where they do not rise.
+        seq_idx: (B, T), the documents themselves.
+        cu_seq_lens_q: (documents + 1,), where each starts in a single row, and the end.
+    """
+    if seq_idx is not None:
+        return seq_idx
+    if cu_seq_lens_q is not None:
+        places = torch.arange(length, device=cu_seq_lens_q.device)
+        return torch.bucketize(places, cu_seq_lens_q[1:], right=True)[None]
+    if position_ids is None:
+        return None
     starts = position_ids[:, 1:] <= position_ids[:, :-1]
     return nn.functional.pad(starts.long().cumsum(dim=-1), (1, 0))

@@ -36,14 +36,16 @@ def test_positions_that_start_again_are_documents(mode):
     torch.testing.assert_close(together.token_losses, torch.cat([output.token_losses for output in alone]))
 
 
-def test_a_padding_free_batch_of_transformers():
+@pytest.mark.parametrize("known_by", ["position_ids", "seq_idx", "flash_attn_kwargs"])
+def test_a_padding_free_batch_of_transformers(known_by):
     model = tiny_model()
     samples, joined = packed(model, ["Iwww", "Iww"])
     features = [
         {"input_ids": sample["input_ids"][0].tolist(), "labels": text_labels(sample["input_ids"])[0].tolist()}
         for sample in samples
     ]
-    batch = DataCollatorWithFlattening(return_tensors="pt")(features)
+    ways = {f"return_{name}": name == known_by for name in ("position_ids", "seq_idx", "flash_attn_kwargs")}
+    batch = DataCollatorWithFlattening(return_tensors="pt", **ways)(features)
     with torch.no_grad():
         found = model(**batch, pixel_values=joined["pixel_values"])
         alone = [model(**sample, labels=text_labels(sample["input_ids"])) for sample in samples]

@@ -11,10 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX
-from prefixvlm.train.data.conversation import BLANK, Conversation
+from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.noise import Noise
 from prefixvlm.train.data.packing import pack
+from prefixvlm.train.recipes.stages import NoiseToken
+
+ANY_IMAGE = Image.new("RGB", (16, 16))  # where only the number of images matters
+TURN_TOKENS = 32  # more than a template puts around the text of a turn
 
 
 @dataclass
@@ -40,17 +46,20 @@ class ConversationCollator:
     Args:
         processor: a `PrefixVLMProcessor`.
         text_format: `caption` or `conversation`, as in `Stage`.
-        noise: share of the input text tokens that become the noise token; special, image and padding tokens never do.
+        noise: share of the input text tokens that become noise; special, image and padding tokens never do.
+        noise_token: what they become; see `Noise`.
         augment: mirror and rotate images at random; for images without a canonical orientation.
-        seed: for the randomness of samples without a seed of their own.
+        seed: for the randomness of samples without a seed of their own. By default it comes from torch's generator, as
+            `Trainer` seeds it, in each dataloader worker and epoch anew.
         max_tokens_per_row: pack several samples into rows of at most this many tokens, each seeing only itself; 0 gives
             every sample its own row.
+        context: the most tokens that the decoder reads; a sample with more cannot be used. `None` for no limit.
         feature_cache: a `FeatureCache` to read the features of known images from.
         pad_failures: replace a sample that cannot be used by a padding sample instead of raising.
 
-    A batch holds `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (I, C, H, W), `document_ids` (B, T) of
-    packed rows and, with noise, `is_noised` (B, T), true where the input token was replaced. With `pad_failures` a batch
-    may have `failed`, the (seed, name, reason) of each sample that was replaced.
+    A batch holds `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (I, C, H, W) if there are images,
+    `document_ids` (B, T) of packed rows and, with noise, `is_noised` (B, T), true where the input token was replaced. With
+    `pad_failures` a batch may have `failed`, the (seed, name, reason) of each sample that was replaced.
     """
 
     def __init__(
@@ -58,22 +67,24 @@ class ConversationCollator:
         processor,
         text_format: str,
         noise: float = 0.0,
+        noise_token: NoiseToken = "auto",
         augment: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         max_tokens_per_row: int = 0,
+        context: int | None = None,
         feature_cache=None,
         pad_failures: bool = False,
     ):
         self.processor = processor
         self.text_format = text_format
-        self.noise = noise
+        self.noise = Noise(processor.tokenizer, noise, noise_token)
         self.augment = augment
+        self.seed = seed
         self.max_tokens_per_row = max_tokens_per_row
+        self.context = context
         self.feature_cache = feature_cache
         self.pad_failures = pad_failures
         self.random = random.Random(seed)
-        self.noise_token_id = noise_token_id(processor.tokenizer)
-        self.untouchable_ids = torch.tensor(sorted(special_token_ids(processor.tokenizer)))
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         if not self.pad_failures:
@@ -87,7 +98,7 @@ class ConversationCollator:
                     samples += self.encoded([sample])
                 except ValueError as error:
                     samples += self.encoded([sample.as_padding_sample()])
-                    failed += [] if sample.is_padding_sample else [(sample.seed, sample.name, str(error))]
+                    failed += [(sample.seed, sample.name, str(error))]
             return {**self.collate(samples), "failed": failed}
 
     def encoded(self, conversations: Sequence[Conversation]) -> list[Encoded]:
@@ -96,7 +107,7 @@ class ConversationCollator:
         Raises:
             ValueError: naming the sample or the image that cannot be used.
         """
-        sources = [self.random if sample.seed is None else random.Random(sample.seed) for sample in conversations]
+        sources = [self._source(sample) for sample in conversations]
         try:
             batch = self._processed(self.processor, conversations)
         except ValueError as error:
@@ -105,6 +116,7 @@ class ConversationCollator:
         images = iter(batch.get("pixel_values", ()))
         samples = []
         for sample, source, ids, labels in zip(conversations, sources, batch["input_ids"], batch["labels"], strict=True):
+            self.refuse_too_long(sample, len(ids))
             input_ids, labels = torch.tensor(ids), torch.tensor(labels)
             labels[0] = IGNORE_INDEX  # nothing comes before it that could predict it, also in a packed row
             if sample.is_padding_sample:
@@ -112,8 +124,7 @@ class ConversationCollator:
             pictures = [torch.from_numpy(np.asarray(next(images))) for _ in sample.images]
             if self.augment:
                 pictures = [_turned(picture, source) for picture in pictures]
-            is_noised = self._noised(input_ids, source)
-            input_ids = input_ids.masked_fill(is_noised, self.noise_token_id)
+            input_ids, is_noised = self.noise(input_ids, source)
             samples.append(Encoded(input_ids, labels, is_noised, torch.stack(pictures) if pictures else None))
         return samples
 
@@ -129,7 +140,7 @@ class ConversationCollator:
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "labels": torch.full(shape, IGNORE_INDEX),
         }
-        if self.noise:
+        if self.noise.share:
             batch["is_noised"] = torch.zeros(shape, dtype=torch.bool)
         if self.max_tokens_per_row:
             batch["document_ids"] = torch.zeros(shape, dtype=torch.long)
@@ -141,7 +152,7 @@ class ConversationCollator:
                 batch["input_ids"][number, place] = sample.input_ids
                 batch["labels"][number, place] = sample.labels
                 batch["attention_mask"][number, place] = 1
-                if self.noise:
+                if self.noise.share:
                     batch["is_noised"][number, place] = sample.is_noised
                 if self.max_tokens_per_row:
                     batch["document_ids"][number, place] = document
@@ -163,8 +174,33 @@ class ConversationCollator:
             return []
         processor = copy.copy(self.processor)
         processor.image_processor = _no_pixels
-        batch = self._processed(processor, [replace(one, images=[BLANK] * len(one.images)) for one in conversations])
+        batch = self._processed(processor, [replace(one, images=[ANY_IMAGE] * len(one.images)) for one in conversations])
         return [(len(labels), sum(label != IGNORE_INDEX for label in labels[1:])) for labels in batch["labels"]]
+
+    def refuse_too_long(self, sample: Conversation, tokens: int) -> None:
+        """Raises a ValueError for a sample with more tokens than the decoder reads."""
+        if self.context is not None and tokens > self.context:
+            raise ValueError(f"{sample.name}: it has {tokens} tokens, the decoder reads at most {self.context}.")
+
+    def may_be_too_long(self, sample: Conversation) -> bool:
+        """Whether a sample may have more tokens than the decoder reads, by its size: a token is a byte or more."""
+        if self.context is None:
+            return False
+        text = sum(TURN_TOKENS + len(text.encode(errors="surrogatepass")) for _, text in sample.turns)
+        return len(sample.images) * self.processor.num_image_tokens + text > self.context
+
+    def _source(self, sample: Conversation) -> random.Random:
+        """Where the randomness of a sample comes from, if it has any."""
+        if sample.seed is not None:
+            return random.Random(sample.seed)
+        if not self.noise.share and not self.augment:
+            return self.random
+        if self.seed is not None and torch.utils.data.get_worker_info() is None:
+            return self.random
+        # a worker has a copy of this object, but its own state of torch's generator, in every epoch a new one; processes
+        # that share a state have different samples
+        drawn = int(torch.randint(2**63 - 1, ()))
+        return random.Random(f"{self.seed} {drawn} {sample.name} {sample.turns}")
 
     def _processed(self, processor, conversations: Sequence[Conversation]):
         if self.text_format == "caption":
@@ -177,13 +213,6 @@ class ConversationCollator:
         images = self.processor.image_token * len(sample.images)
         return images + self.processor.as_typed(sample.caption) + self.processor.tokenizer.eos_token
 
-    def _noised(self, input_ids: torch.Tensor, source: random.Random) -> torch.Tensor:
-        if not self.noise:
-            return torch.zeros_like(input_ids, dtype=torch.bool)
-        generator = torch.Generator().manual_seed(source.getrandbits(63))
-        chosen = torch.rand(input_ids.shape, generator=generator) < self.noise
-        return chosen & ~torch.isin(input_ids, self.untouchable_ids)
-
 
 def _no_pixels(images, **kwargs) -> dict:
     """Stands in for an image processor where only text is needed."""
@@ -195,22 +224,3 @@ def _turned(image: torch.Tensor, source: random.Random) -> torch.Tensor:
     if source.random() < 0.5:
         image = image.flip(-1)
     return image.rot90(source.randrange(4), dims=(-2, -1))
-
-
-def special_token_ids(tokenizer) -> set[int]:
-    """All ids that are control tokens rather than text."""
-    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return marked | set(tokenizer.all_special_ids)
-
-
-def noise_token_id(tokenizer) -> int:
-    """The token that replaces noised words in stage 0: the mask token if there is one, else padding.
-
-    The paper does not name it (Algorithm 1, line 3). Either way its embedding carries nothing of the caption.
-    """
-    for token_id in (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise ValueError(
-        "The tokenizer has no mask, padding or end token to serve as stage 0's noise; set tokenizer.pad_token."
-    )

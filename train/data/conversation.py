@@ -2,10 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 
-from PIL import Image
-
-BLANK = Image.new("RGB", (16, 16))
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -16,7 +12,7 @@ class Conversation:
         turns: (role, text) pairs, the roles `system`, `user` and `assistant`.
         name: where the sample comes from, for error messages.
         seed: for the randomness of this sample in this epoch, so that it is the same in any process and after any
-            interruption; `None` uses the collator's own generator.
+            interruption; `None` leaves it to the collator.
         is_padding_sample: it has no supervised tokens; it fills up the last batch of several processes, or replaces a
             sample that cannot be used.
     """
@@ -46,6 +42,5 @@ class Conversation:
         return messages
 
     def as_padding_sample(self) -> "Conversation":
-        """A padding sample to replace this one: as many images, all blank, and no supervised tokens."""
-        blanks = [BLANK] * len(self.images)
-        return replace(self, images=blanks, turns=[("user", ""), ("assistant", "")], is_padding_sample=True)
+        """A padding sample to replace this one: no image, no text, and no supervised tokens."""
+        return replace(self, images=[], turns=[("user", ""), ("assistant", "")], is_padding_sample=True)

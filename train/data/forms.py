@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from prefixvlm.train.data.conversation import Conversation
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACES = ("<image>", "<video>")  # of pictures in LLaVA's texts
 
 
 class Form:
@@ -62,10 +63,8 @@ class Form:
             raise ValueError(f"{name}: {str(error).removesuffix('.')}.") from error
 
     def images(self, row: dict) -> list:
-        """The images of a row: bytes or PIL images as they are, paths below the data's own folder."""
-        found = row.get("images") if row.get("image") is None else row["image"]
-        if found is None:
-            return []
+        """The images of a row: bytes or PIL images as they are, paths below the data's own folder; "" is no image."""
+        found = next((row[key] for key in ("image", "images") if not _is_empty(row.get(key))), [])
         return [self._inside(image) for image in (found if isinstance(found, list) else [found])]
 
     def _inside(self, image):
@@ -90,6 +89,10 @@ class LlavaForm(Form):
             turns = [(LLAVA_ROLES[turn["from"]], _text(turn["value"])) for turn in row["conversations"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"`conversations` must be a list of {{from, value}} turns ({error!r})") from error
+        asked = [turn["value"] for turn in row["conversations"] if LLAVA_ROLES[turn["from"]] == "user"]
+        place = next((place for text in asked for place in PLACES if place in text), None)
+        if place and not self.images(row):
+            raise ValueError(f"a question has {place}, but the row has no image")
         return turns
 
 
@@ -141,6 +144,10 @@ class KarpathyForm(CaptionsForm):
         if not isinstance(sentence, dict):
             raise ValueError("`sentences` must be a list of objects with `raw`")
         return [("user", ""), ("assistant", _field(sentence, "raw"))]
+
+
+def _is_empty(value) -> bool:
+    return value is None or (isinstance(value, str) and not value)
 
 
 def _field(row: dict, key: str) -> str:

@@ -35,8 +35,8 @@ class OrderedSamples(Dataset):
     def __getitem__(self, key: tuple[int, int, bool]) -> Conversation:
         epoch, index, is_padding_sample = key
         sample = self.samples[self.indices[index]]
-        sample = replace(sample, seed=f"{self.seed}.{epoch}.{index}", is_padding_sample=is_padding_sample)
-        return sample.as_padding_sample() if sample.seed in self.failed else sample
+        sample = replace(sample, seed=f"{self.seed}.{epoch}.{index}")
+        return sample.as_padding_sample() if is_padding_sample or sample.seed in self.failed else sample
 
 
 class EpochSampler(Sampler):

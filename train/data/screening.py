@@ -1,8 +1,8 @@
 """Which samples can be trained on: each is checked before training, and those that cannot be used are reported.
 
 Nothing is dropped silently: rows read = rows trained on + rows in skipped.jsonl. The check reads a sample's row and the
-headers of its images; what only decoding or tokenizing shows comes up in training, where a padding sample then replaces
-the sample.
+headers of its images, and tokenizes what may be too long for the decoder; what only decoding an image shows comes up in
+training, where a padding sample then replaces the sample.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX
 from prefixvlm.configuration.writing import write_atomically
+from prefixvlm.modeling_vlm.positions_prefix_vlm import attention_window, context
 from prefixvlm.processing.images_prefix_vlm import check_image
 from prefixvlm.train.data.collator import ConversationCollator, Encoded
 from prefixvlm.train.data.conversation import Conversation
@@ -73,7 +74,7 @@ class Screening:
 
     def verdict(self, samples, collator: ConversationCollator, max_length: int | None, measure: bool) -> Screened:
         """As `screen`, in all processes of the run together; each gets the whole verdict."""
-        asked = json.dumps([samples.fingerprint, collator.text_format, max_length, measure])
+        asked = json.dumps([samples.fingerprint, collator.text_format, collator.context, max_length, measure])
         key = hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
         path = self.folder / f"{key}.json"
         if key not in self._reached and self.resume and all(gather_object([path.is_file()])):
@@ -151,7 +152,7 @@ class _Checks(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[tuple[int, ...] | str]:
         checked = [self._checked(index) for index in indices]
         if not self.measured:
-            return [found if isinstance(found, str) else (len(found.images),) for found in checked]
+            return [found if isinstance(found, str) else self._counted(found) for found in checked]
         try:
             measured = iter(self.collator.lengths([found for found in checked if not isinstance(found, str)]))
             return [found if isinstance(found, str) else self._measured(found, *next(measured)) for found in checked]
@@ -182,6 +183,11 @@ class _Checks(torch.utils.data.Dataset):
         if problem := self.problems[image]:
             raise ValueError(problem)
 
+    def _counted(self, sample: Conversation) -> tuple[int, ...] | str:
+        if self.collator.may_be_too_long(sample) and isinstance(problem := self._measured_alone(sample), str):
+            return problem
+        return (len(sample.images),)
+
     def _measured_alone(self, sample: Conversation) -> tuple[int, ...] | str:
         try:
             return self._measured(sample, *self.collator.lengths([sample])[0])
@@ -190,10 +196,17 @@ class _Checks(torch.utils.data.Dataset):
 
     def _measured(self, sample: Conversation, tokens: int, supervised: int) -> tuple[int, ...] | str:
         try:
+            self.collator.refuse_too_long(sample, tokens)
             refuse_unfit(sample, tokens, supervised, self.max_length)
         except ValueError as error:
             return str(error)
         return len(sample.images), tokens, supervised
+
+
+def longest_sample(text_config) -> int | None:
+    """The most tokens of a sample that a decoder reads: its context, or the sliding window of some layers."""
+    limits = [limit for limit in (context(text_config), attention_window(text_config)) if limit is not None]
+    return min(limits, default=None)
 
 
 def refuse_unfit(sample: Conversation, tokens: int, supervised: int, max_length: int | None) -> None:
@@ -204,7 +217,7 @@ def refuse_unfit(sample: Conversation, tokens: int, supervised: int, max_length:
         raise ValueError(f"{sample.name}: there is no token to learn.")
 
 
-def encode_one(collator: ConversationCollator, sample: Conversation, max_length: int | None) -> Encoded:
+def encode_one(collator: ConversationCollator, max_length: int | None, sample: Conversation) -> Encoded:
     """A sample's tensors.
 
     Raises:

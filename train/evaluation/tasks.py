@@ -39,6 +39,7 @@ class Task:
 
 TASKS: dict[TaskName, Task] = {
     "captions": Task("captions", "captions"),
+    "karpathy": Task("captions", "karpathy"),
     "vqa": Task("vqa", "vqa"),
     "flickr8k": Task("captions", "karpathy", 1000, column="Flickr8k"),
     "flickr30k": Task("captions", "karpathy", 1000, column="Flickr30k"),
@@ -191,5 +192,5 @@ def _refuse_another_size(task: TaskName, path: str, rows: int) -> None:
     if expected is not None and rows != expected:
         raise ValueError(
             f"{path} has {rows:,} test images where Karpathy's test split of {task} has {expected:,}, so its scores could "
-            "not be compared with published ones; give dataset_*.json of Karpathy's splits, or use --task captions."
+            "not be compared with published ones; give dataset_*.json of Karpathy's splits, or use the task karpathy."
         )

@@ -1,4 +1,4 @@
-"""The settings of an evaluation, each declared once: for `prefixvlm evaluate` and for a recipe's `stages.N.evaluation`."""
+"""The settings of an evaluation, each declared once: for `prefixvlm evaluate`, and a recipe's `test` and `evaluation`."""
 
 from typing import Literal, get_args
 
@@ -6,7 +6,7 @@ from pydantic import ConfigDict
 
 from prefixvlm.train.recipes.checking import AtLeastOne, Checked, Dtype, Text
 
-TaskName = Literal["captions", "vqa", "flickr8k", "flickr30k", "coco", "pathvqa", "easy_vqa"]
+TaskName = Literal["captions", "karpathy", "vqa", "flickr8k", "flickr30k", "coco", "pathvqa", "easy_vqa"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 
 
@@ -80,21 +80,31 @@ class EvaluationRecipe(EvaluationSettings):
     examples: AtLeastOne = 200
 
 
-class EvaluationRun(EvaluationSettings):
+class FinalEvaluation(EvaluationSettings):
+    """The evaluation of a recipe's finished model. Its data are by default those of the last stage, in the split `test`.
+
+    Attributes:
+        limit: ask only N examples, spread evenly over the set; `None` for all.
+        table: print Table VI's layout, with the paper's row beside ours.
+    """
+
+    limit: AtLeastOne | None = None
+    table: bool = False
+
+
+class EvaluationRun(FinalEvaluation):
     """The evaluation of a saved model, as `prefixvlm evaluate` does it.
 
     Attributes:
         model: folder or Hub id.
         output: the folder that gets predictions, metrics and a gallery.
         dtype: of the weights.
+        device: such as `cuda` or `cpu`; by default the first there is of cuda, Apple's mps and cpu.
         int8: read the decoder's weights as 8-bit integers.
-        limit: ask only N examples, spread evenly over the set; `None` for all.
-        table: print Table VI's layout, with the paper's row beside ours.
     """
 
     model: Text
     output: Text
     dtype: Dtype = "float32"
+    device: Text | None = None
     int8: bool = False
-    limit: AtLeastOne | None = None
-    table: bool = False

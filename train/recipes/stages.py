@@ -9,6 +9,7 @@ from prefixvlm.train.recipes.checking import STRICT, AtLeastOne, NotNegative, Po
 
 Module = Literal["vision_tower", "projector", "language_model"]
 MODULES: tuple[Module, ...] = get_args(Module)
+NoiseToken = Literal["auto", "mask", "pad", "random"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,6 +22,9 @@ class Stage:
         text_format: `caption` learns every text token after the image; `conversation` only answers and their end tokens.
         vision_tower_lr, projector_lr, language_model_lr: a module whose rate is 0 is frozen.
         noise: share of the input text tokens replaced by a noise token, labels staying clean (Algorithm 1).
+        noise_token: which one, as the paper does not name it: `mask`, added for it to tokenizer and embeddings where there
+            is none; `pad`; `random`, for each another word of the vocabulary; `auto` is the mask token if there is one,
+            else the padding token, else the end token.
         epochs: passes over the data.
         batch_size: samples an optimiser step, over all devices and accumulation steps.
         warmup: share of the steps in which the rates rise from 0; the paper names none.
@@ -36,6 +40,7 @@ class Stage:
     projector_lr: NotNegative
     language_model_lr: NotNegative
     noise: Share = 0.0
+    noise_token: NoiseToken = "auto"
     epochs: Positive = 1.0
     batch_size: AtLeastOne = 128
     warmup: Share = 0.0
@@ -46,12 +51,14 @@ class Stage:
     max_grad_norm: NotNegative = 1.0
 
     @model_validator(mode="after")
-    def _rates_go_together(self) -> "Stage":
+    def _settings_go_together(self) -> "Stage":
         rates = [rate for rate in self.learning_rates.values() if rate]
         if not rates:
             raise ValueError("all learning rates are 0, so nothing would train.")
         if self.min_lr > min(rates):
             raise ValueError(f"min_lr is {self.min_lr:g}; it must be at most the smallest learning rate, {min(rates):g}.")
+        if self.noise_token != "auto" and not self.noise:
+            raise ValueError(f"noise_token is {self.noise_token!r}, but noise is 0; set noise to the share of the words.")
         return self
 
     @property

@@ -56,6 +56,15 @@ class StageTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(self, model, stage: Stage, args, feature_cache=None, report: Report | None = None, **kwargs):
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor must be 0: transformers would take the token at a position for the one to predict."
+            )
+        if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant must be false: where the input of a layer needs no gradient, as in the image encoder, its "
+                "adapters would get none."
+            )
         stage.prepare(model)
         self.stage = stage
         self.feature_cache = feature_cache
@@ -156,13 +165,14 @@ class StageTrainer(Trainer):
                 self.report.add(name, reason, occurrence=seed)
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # a batch may hold nothing but padding samples
-        self._meter.add_batch(inputs)
+        if model.training:
+            self._meter.add_batch(inputs)
         if "image_keys" in inputs:
             encode = self.accelerator.unwrap_model(model).get_vision_features
             inputs["vision_features"] = self.feature_cache.complete(inputs, encode)
-        inputs = {**inputs, "use_cache": False, "skip_logits": True}
+        inputs = {**inputs, "use_cache": False, "skip_logits": model.training or self.compute_metrics is None}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if is_noised is not None:
+        if is_noised is not None and model.training:
             # in the order of token_losses: row by row, where there is a target
             targets_noised = is_noised[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
             self._meter.add("loss_noised", outputs.token_losses[targets_noised])
@@ -249,8 +259,8 @@ class _Meter:
         self._add(f"{name}_count", losses.numel())
 
     def add_batch(self, inputs: dict) -> None:
-        lengths = _sample_lengths(inputs["attention_mask"], inputs.get("document_ids"))
-        self._add("samples", lengths.numel())
+        lengths = _sample_lengths(inputs["attention_mask"], inputs["labels"], inputs.get("document_ids"))
+        self._add("samples", (lengths > 0).sum())
         self._add("tokens", lengths.sum())
         self._add("squared_lengths", lengths.float().square().sum())
         self._add("slots", inputs["attention_mask"].numel())
@@ -263,10 +273,13 @@ class _Meter:
         self.sums[name] = self.sums[name] + value
 
 
-def _sample_lengths(attention_mask: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
-    """(S,) tokens of each sample of a batch."""
+def _sample_lengths(attention_mask: torch.Tensor, labels: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """(B, S) tokens of each sample of a row; 0 where there is none, and of padding samples, which have nothing to learn."""
     if document_ids is None:
-        return attention_mask.sum(dim=-1)
-    rows = torch.arange(len(document_ids), device=document_ids.device)[:, None]
-    samples = rows * (document_ids.max() + 1) + document_ids
-    return torch.unique(samples[attention_mask.bool()], return_counts=True)[1]
+        document_ids = torch.ones_like(attention_mask)
+    counts = attention_mask.new_zeros(2, len(labels), 1 + labels.shape[1])  # padding belongs to document 0
+    tokens, supervised = (
+        count.scatter_add_(1, document_ids, of.to(count.dtype))
+        for count, of in zip(counts, (attention_mask, labels != IGNORE_INDEX), strict=True)
+    )
+    return tokens * (supervised > 0)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_processor
 
-from prefixvlm.train.data.collator import ConversationCollator, special_token_ids
+from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.train.data.noise import special_token_ids
 
 PROCESSOR = tiny_processor()
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -69,6 +70,16 @@ def test_same_seed_same_noise():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_padding_samples_alone_make_a_batch_without_images_or_labels():
+    for text_format in ("caption", "conversation"):
+        padding = sample(("user", "q"), ("assistant", "a"), images=3).as_padding_sample()
+        for max_tokens_per_row in (0, 50):
+            collator = ConversationCollator(PROCESSOR, text_format, max_tokens_per_row=max_tokens_per_row)
+            batch = collator([padding, padding])
+            assert "pixel_values" not in batch
+            assert (batch["labels"] == -100).all()
 
 
 def test_augmentation_turns_and_mirrors_pictures():

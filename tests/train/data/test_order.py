@@ -9,7 +9,7 @@ from prefixvlm.train.data.order import EpochSampler, OrderedSamples
 
 
 def ordered(count: int, lengths=None, seed: int = 0) -> OrderedSamples:
-    samples = [Conversation([], [("assistant", str(index))], f"row {index}") for index in range(count)]
+    samples = [Conversation(["a.png"], [("assistant", str(index))], f"row {index}") for index in range(count)]
     return OrderedSamples(samples, list(range(count)), lengths, seed)
 
 
@@ -51,7 +51,9 @@ def test_a_sample_has_a_seed_of_its_own_in_each_epoch():
     seeds = {samples[(epoch, index, False)].seed for epoch in range(3) for index in range(3)}
     assert len(seeds) == 9
     assert samples[(1, 2, False)].seed == ordered(3)[(1, 2, False)].seed
-    assert samples[(0, 0, True)].is_padding_sample
+    padding = samples[(0, 0, True)]
+    assert padding.is_padding_sample
+    assert not padding.images
 
 
 def test_only_chosen_samples_are_seen():

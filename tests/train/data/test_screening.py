@@ -161,10 +161,46 @@ def test_a_sample_that_fails_in_training_becomes_a_padding_sample(rows):
     assert (seed, name) == (f"0.0.{CUT - 1}", samples.name(CUT - 1))
     assert "cut.jpg" in reason
     assert (batch["labels"][1] == -100).all()
-    assert len(batch["pixel_values"]) == 3
+    assert not (batch["input_ids"][1] == tiny_processor().image_token_id).any()
     others = strict([chosen[0], chosen[2]])
-    for name in ("input_ids", "labels", "pixel_values"):
-        assert (batch[name][[0, 2]] == others[name]).all()
+    assert batch["pixel_values"].equal(others["pixel_values"])
+    for name in ("input_ids", "labels"):
+        assert batch[name][[0, 2]].equal(others[name])
+
+
+def test_a_sample_beyond_the_decoders_context_is_found_by_its_size(rows, monkeypatch):
+    samples = sources.load("vqa", path=str(rows))
+    collator = ConversationCollator(tiny_processor(), "conversation", context=300)
+    measured, lengths = [], ConversationCollator.lengths
+
+    def counting(self, conversations):
+        measured.extend(conversations)
+        return lengths(self, conversations)
+
+    monkeypatch.setattr(ConversationCollator, "lengths", counting)
+    screened = screen(samples, collator)
+    (reason,) = (reason for index, _, reason in screened.skipped if index == 30)
+    assert "tokens, the decoder reads at most 300" in reason
+    assert len(measured) == 1
+    assert not screened.lengths
+    assert screen(samples, collator, 10_000).indices == screened.indices
+
+
+def test_a_size_that_deceives_is_found_in_training(rows, monkeypatch):
+    monkeypatch.setattr(ConversationCollator, "may_be_too_long", lambda *_: False)
+    samples = sources.load("vqa", path=str(rows))
+    collator = ConversationCollator(tiny_processor(), "conversation", context=300, pad_failures=True)
+    assert 30 in screen(samples, collator).indices
+    batch = collator([samples[29], samples[30]])
+    assert "the decoder reads at most 300" in batch["failed"][0][2]
+    assert batch["input_ids"].shape[1] < 300
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_knows_the_decoders_context(rows, streaming):
+    changes = ["stages.3.max_length=null", "model.text.max_position_embeddings=300"]
+    assert main(["train", recipe(rows, streaming, max_skipped=0.5), *changes]) == 0
+    assert "the decoder reads at most 300" in reported(rows.parent / "out" / "stage-3")[31]
 
 
 def test_one_failing_sample_in_every_epoch_counts_once(rows):

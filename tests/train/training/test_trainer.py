@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tiny import random_batch, tiny_model
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from prefixvlm.modeling_vlm import modeling_prefix_vlm
 from prefixvlm.modeling_vlm.loss_prefix_vlm import head_and_loss
@@ -176,8 +176,60 @@ def test_throughput_counts_real_tokens_and_mfu_is_flops_over_time(tmp_path):
 def test_samples_are_counted_by_their_own_lengths(packed):
     documents = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
     mask = (documents > 0).long()
-    lengths = _sample_lengths(mask, documents if packed else None)
-    assert sorted(lengths.tolist()) == ([2, 3, 6] if packed else [5, 6])
+    lengths = _sample_lengths(mask, documents, documents if packed else None)
+    assert sorted(lengths[lengths > 0].tolist()) == ([2, 3, 6] if packed else [5, 6])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_samples_are_not_counted(packed):
+    documents = torch.tensor([[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]])
+    labels = torch.tensor([[-100, 7, -100, -100, -100], [-100, -100, -100, -100, -100]])
+    lengths = _sample_lengths((documents > 0).long(), labels, documents if packed else None)
+    assert lengths[lengths > 0].tolist() == [3 if packed else 5]
+
+
+def test_evaluation_leaves_the_throughput_alone_and_gives_logits_to_metrics(tmp_path):
+    shapes = []
+    trainer = make_trainer(tmp_path, PAPER_STAGES[2], max_steps=1)
+    trainer.compute_metrics = lambda found: shapes.append(found.predictions.shape) or {}
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+    assert trainer._meter.sums["samples"] == 0
+    assert shapes == [(8, trainer.train_dataset[0]["input_ids"].shape[0], trainer.model.config.text_config.vocab_size)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "use_reentrant must be",
+        ),
+    ],
+)
+def test_settings_that_train_something_else_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, PAPER_STAGES[2], **arguments)
+
+
+def test_adapters_of_the_image_encoder_train_with_checkpointing_in_any_trainer(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=r".*vision_tower.*\.(q_proj|fc1)")
+    model = peft.get_peft_model(tiny_model(), config)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        gradient_checkpointing=True,
+        max_steps=2,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        save_strategy="no",
+    )
+    Trainer(model, arguments, train_dataset=Rows(model), data_collator=stack_without_noise).train()
+    moved = [bool(weight.any()) for name, weight in model.named_parameters() if "lora_B" in name]
+    assert len(moved) == 2 * 2
+    assert all(moved)
 
 
 def test_head_runs_on_supervised_positions_only(tmp_path, monkeypatch):

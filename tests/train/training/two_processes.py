@@ -1,9 +1,11 @@
-"""Run by `test_sharded.py`: three steps of stage 2 with checkpoints, or a recipe, each in processes of its own.
+"""Run by `test_sharded.py` and others: training and evaluation, each job in processes of its own.
 
     two_processes.py JOB.json ...
 
 A job says how many `processes`, with which file of accelerate's (`sharded_by`) their weights are sharded, if at all, and
-their `arguments`: steps OUTPUT DEVICE_BATCH, or those of `prefixvlm`. Forks, so that everything is imported only once.
+their `arguments`: three steps of stage 2 with checkpoints (steps OUTPUT DEVICE_BATCH), two steps on ragged samples (ragged
+OUTPUT KINDS.json), evaluation by `Trainer` (evaluate OUTPUT), or those of `prefixvlm`. Forks, so that everything is
+imported only once.
 
 accelerate shards for accelerators only, although gloo and torch's `fully_shard` serve a CPU as well. So each trainer here
 tells it, at the one point where it asks, that this is a run on several GPUs; all else is what happens on those.
@@ -23,6 +25,7 @@ from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from ragged import evaluate_ragged, train_ragged
 from tiny import random_batch, tiny_model
 from transformers import TrainingArguments
 
@@ -73,6 +76,24 @@ def three_steps(output: str, device_batch: int) -> None:
             json.dump(history, file)
 
 
+def ragged(output: str, kinds: str) -> None:
+    """Writes the log of each kind of training, by its name."""
+    logs = {}
+    for name, options in json.loads(Path(kinds).read_text()).items():
+        try:
+            logs[name] = train_ragged(Path(output) / name, trainer_class=CPUTrainer, **options)
+        except Exception as error:
+            raise RuntimeError(f"{name} failed") from error
+    if PartialState().is_main_process:
+        Path(output, "logs.json").write_text(json.dumps(logs))
+
+
+def evaluate(output: str) -> None:
+    found = evaluate_ragged(Path(output))
+    if PartialState().is_main_process:
+        Path(output, "found.json").write_text(json.dumps(found))
+
+
 def threads_of_gloo() -> list[str]:
     """Threads that could still run while the interpreter shuts down; known on Linux only."""
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
@@ -81,9 +102,13 @@ def threads_of_gloo() -> list[str]:
 
 def work(arguments: list[str]) -> None:
     """What one process does, up to its end."""
-    if arguments[0] == "steps":
-        three_steps(arguments[1], int(arguments[2]))
-        code = 0
+    code, (command, *rest) = 0, arguments
+    if command == "steps":
+        three_steps(rest[0], int(rest[1]))
+    elif command == "ragged":
+        ragged(*rest)
+    elif command == "evaluate":
+        evaluate(*rest)
     else:
         run.StageTrainer = CPUTrainer
         code = cli.main(arguments)

@@ -790,8 +790,8 @@ def _refuse_choice_of_features(kwargs: dict) -> None:
     for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "interpolate_pos_encoding"):
         if kwargs.pop(name, None):
             raise ValueError(
-                f"{name} cannot be chosen: images have the encoder's size, and the projector reads all patch features of its "
-                "last layer; leave it out."
+                f"{name} cannot be chosen: images have the encoder's size, and the projector reads all patch features of "
+                "its last layer; leave it out."
             )
 
 

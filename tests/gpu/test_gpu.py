@@ -125,7 +125,7 @@ def test_one_process_trains_with_sharded_weights(tmp_path):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(yaml.safe_dump(small(tmp_path / "out", stages=(0, 2))))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")]
-    on_cpu = ["--use_cpu"] if DEVICE == "cpu" else []
+    on_cpu = ["--cpu"] if DEVICE == "cpu" else []
     command = [*launch, *on_cpu, "--num_processes", "1", "-m", "prefixvlm", "train", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -203,6 +203,15 @@ def test_a_run_knows_the_decoders_context(rows, streaming):
     assert "the decoder reads at most 300" in reported(rows.parent / "out" / "stage-3")[31]
 
 
+def test_a_run_knows_the_decoders_sliding_window(rows, capsys):
+    changes = ["stages.3.max_length=null", "model.text.use_sliding_window=true", "model.text.sliding_window=300"]
+    command = ["train", recipe(rows, max_skipped=0.5), *changes, "model.text.max_window_layers=0"]
+    assert main([*command, "stages.3.max_tokens_per_row=400"]) == 2
+    assert "max_tokens_per_row is 400, more than the sliding window of 300 tokens" in capsys.readouterr().err
+    assert main([*command, "stages.3.max_tokens_per_row=300"]) == 0
+    assert "the decoder reads at most 300" in reported(rows.parent / "out" / "stage-3")[31]
+
+
 def test_one_failing_sample_in_every_epoch_counts_once(rows):
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([lines[0], lines[CUT - 1], *lines[7:10]]) + "\n")

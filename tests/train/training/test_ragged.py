@@ -1,15 +1,23 @@
 """Batches with and without images train in any stage and wrapper, with the loss and gradients of each sample alone."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ragged import IMAGES, each_alone, evaluate_ragged, train_ragged
+import yaml
+from PIL import Image
+from ragged import IMAGES, PROCESSOR, each_alone, evaluate_ragged, train_ragged
+from safetensors.torch import load_file
+from small_recipe import SMALL
+from tiny import tiny_model, tiny_tokenizer
 
 import prefixvlm.train.recipes.schema
+from prefixvlm.cli import main
+from prefixvlm.train.data import Conversation, ConversationCollator
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 SHARDS = Path(prefixvlm.train.recipes.schema.__file__).with_name("accelerate") / "fsdp2.yaml"
@@ -123,3 +131,50 @@ def test_the_plain_trainer_evaluates_the_loss_alone(tmp_path):
     found = evaluate_ragged(tmp_path, prediction_loss_only=True)
     assert found["eval_loss"] > 0
     assert "eval_right" not in found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_recipe_trains_rows_without_a_picture_one_by_one_in_every_stage(tmp_path, streaming):
+    Image.effect_noise((40, 40), 60).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    asked = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    shown = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
+    rows = [
+        {"conversations": asked},
+        {"conversations": asked, "image": ""},
+        {"conversations": shown, "image": "whole.jpg"},
+        {"conversations": shown, "image": "cut.jpg"},  # found in training: a batch of one padding sample
+        {"conversations": shown, "image": ""},  # never trained blind
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    source = {"source": "llava", "path": str(tmp_path / "rows.jsonl"), "streaming": streaming}
+    stage = {"data": source, "batch_size": 1, "device_batch_size": 1, "max_steps": 4}
+    values = {
+        "model": {**SMALL["model"], "tokenizer": str(tmp_path / "tokenizer")},
+        "stages": dict.fromkeys(range(4), stage),
+    }
+    values |= {"max_skipped": 0.5, "logging_steps": 1, "feature_cache_gb": 0.1, "output": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    for number in range(4):
+        folder = tmp_path / "out" / f"stage-{number}"
+        history = json.loads((folder / "history.json").read_text())
+        steps = [entry for entry in history if "loss" in entry]
+        assert len(steps) == 4
+        assert all(math.isfinite(entry["loss"]) for entry in steps)
+        assert [entry["loss"] == 0 for entry in steps].count(True) == (not streaming)
+        reasons = (folder / "skipped.jsonl").read_text()
+        assert "cut.jpg cannot be read" in reasons
+        assert "row 5: a question has <image>, but the row has no image" in reasons
+        assert len(reasons.splitlines()) == 2
+        assert all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
+
+
+def test_packed_rows_may_be_longer_than_the_decoders_context():
+    model = tiny_model()
+    model.config.text_config.max_position_embeddings = 16
+    samples = [Conversation([], [("user", ""), ("assistant", "a" * length)]) for length in (4, 9, 6)]
+    batch = ConversationCollator(PROCESSOR, "caption", max_tokens_per_row=50, context=16)(samples)
+    assert batch["input_ids"].shape[1] > 16
+    assert model(**batch, use_cache=False).loss.isfinite()

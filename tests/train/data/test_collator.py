@@ -31,7 +31,7 @@ def supervised_text(batch, row):
 def test_conversation_labels_are_the_answers_and_their_end_tokens(pairs):
     turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
     batch = ConversationCollator(PROCESSOR, "conversation")([sample(*turns), sample(("user", "a"), ("assistant", "b"))])
-    expected = "".join(PROCESSOR.as_typed(answer) + "<|im_end|>" for _, answer in pairs)
+    expected = "".join(answer + "<|im_end|>" for _, answer in pairs)
     assert supervised_text(batch, 0) == expected
     assert supervised_text(batch, 1) == "b<|im_end|>"
 
@@ -40,11 +40,17 @@ def test_conversation_labels_are_the_answers_and_their_end_tokens(pairs):
 @given(TEXT)
 def test_caption_labels_are_the_whole_caption_and_its_end(caption):
     batch = ConversationCollator(PROCESSOR, "caption")([sample(("assistant", caption)), sample(("assistant", "x" * 30))])
-    assert supervised_text(batch, 0) == PROCESSOR.as_typed(caption) + "<|endoftext|>"
+    assert supervised_text(batch, 0) == caption + "<|endoftext|>"
     assert (batch["input_ids"][0] == PROCESSOR.image_token_id).sum() == PROCESSOR.num_image_tokens
     # image first, padding last and never supervised, though the end token is also the padding token
     assert (batch["input_ids"][0, : PROCESSOR.num_image_tokens] == PROCESSOR.image_token_id).all()
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_a_typed_end_of_text_is_a_word_and_no_end():
+    batch = ConversationCollator(PROCESSOR, "caption")([sample(("assistant", "a <|endoftext|> b"))])
+    assert supervised_text(batch, 0) == "a <|endoftext|> b<|endoftext|>"
+    assert (batch["labels"] == PROCESSOR.tokenizer.eos_token_id).sum() == 1
 
 
 def test_noise_hits_a_fifth_of_the_text_and_nothing_else():

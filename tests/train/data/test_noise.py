@@ -1,6 +1,5 @@
 """The noise of stage 0: what replaces a word, and that it differs between workers, epochs and samples."""
 
-import copy
 import json
 from dataclasses import replace
 
@@ -106,12 +105,6 @@ def test_without_randomness_none_is_drawn():
     assert torch.get_rng_state().equal(before)
 
 
-class Plainly(Trainer):
-    def compute_loss(self, model, inputs, **kwargs):
-        inputs.pop("is_noised")
-        return super().compute_loss(model, inputs, **kwargs)
-
-
 def trained(folder, workers: int, resume: str | None = None) -> dict[str, torch.Tensor]:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -126,7 +119,7 @@ def trained(folder, workers: int, resume: str | None = None) -> dict[str, torch.
         disable_tqdm=True,
     )
     collator = ConversationCollator(tiny_processor(), "caption", noise=0.3)
-    trainer = Plainly(tiny_model(), arguments, train_dataset=copy.copy(SAMPLES), data_collator=collator)
+    trainer = Trainer(tiny_model(), arguments, train_dataset=SAMPLES, data_collator=collator)
     trainer.train(resume_from_checkpoint=resume)
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 

@@ -17,9 +17,9 @@ IMPORT_NAMES = {"easy-vqa": "easy_vqa", "pillow": "PIL", "pyyaml": "yaml"}
 NOT_IMPORTED = {
     "easy_vqa": "train/data/easy_vqa.py reads its files without importing it",
     "jinja2": "transformers renders chat templates with it",
-    "safetensors": "transformers reads and writes weights with it",
 }
 TOOLS = {
+    "bitsandbytes": "the tests of QLoRA are skipped without it, by importorskip",
     "mypy": "`make lint` checks types with it",
     "pytest-xdist": "`make test` runs processes side by side with it",
     "ruff": "`make lint` checks style with it",
@@ -27,7 +27,7 @@ TOOLS = {
     "trl": "tests/optional/test_trl.py is skipped without it, by importorskip",
 }
 NOT_DECLARED = {
-    "bitsandbytes": "only for QLoRA, on GPUs; inference/loading.py says what to install",
+    "bitsandbytes": "only for QLoRA; inference/loading.py says what to install",
     "lmms_eval": "train/evaluation/lmms_eval.py is loaded by lmms-eval itself",
 }
 

@@ -135,7 +135,7 @@ class Mixture:
     """
 
     def __init__(self, sources: list[Samples], weights: list[float]):
-        self.sources = sources
+        self.sources, self.weights = sources, weights
         total = sum(weights)
         length = max(len(source) * total / weight for source, weight in zip(sources, weights, strict=True))
         self.places = []
@@ -158,7 +158,7 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        return _digest(*(source.fingerprint for source in self.sources), str(len(self)))
+        return _digest(*(source.fingerprint for source in self.sources), str(self.weights))
 
 
 class MixedStream:
@@ -223,10 +223,9 @@ def captions(
     return _samples(read_rows(path, split, streaming), form, shuffle_buffer)
 
 
-def karpathy(path: str, images: str, split: str = "train"):
-    """Karpathy's splits of Flickr8k, Flickr30k and COCO: dataset_*.json, and the folder with the pictures."""
-    rows = read_rows(path, split, field="images")
-    return _samples(rows, KarpathyForm(Path(images)), None)
+def karpathy(path: str, images: str | None = None, split: str = "train"):
+    """Karpathy's splits of Flickr8k, Flickr30k and COCO: dataset_*.json; `images` are by default in its own folder."""
+    return _samples(read_rows(path, split, field="images"), KarpathyForm(_image_folder(path, images)), None)
 
 
 def mixture(parts: list[dict]):

@@ -17,6 +17,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from transformers import CONFIG_MAPPING
 
 from prefixvlm.configuration.configuration_prefix_vlm import PrefixVLMConfig
 from prefixvlm.train.recipes.checking import (
@@ -35,10 +36,10 @@ from prefixvlm.train.recipes.checking import (
     refuse_not_finite,
     refuse_unknown_keys,
 )
-from prefixvlm.train.recipes.evaluation import EvaluationRecipe
+from prefixvlm.train.recipes.evaluation import EvaluationRecipe, FinalEvaluation
 from prefixvlm.train.recipes.stages import PAPER_STAGES, Module, Stage
 
-RECIPE_NAMES = ("paper", "pathvqa", "pathvqa_lora", "quickstart")
+RECIPE_NAMES = ("paper", "captions", "pathvqa", "pathvqa_lora", "quickstart")
 STAGE_KEYS = frozenset(field.name for field in dataclasses.fields(Stage)) - {"number"}
 # the other fields of `PrefixVLMConfig` come from the backbones and the tokenizer
 CONFIG_KEYS = inspect.signature(PrefixVLMConfig).parameters.keys() - {
@@ -47,6 +48,14 @@ CONFIG_KEYS = inspect.signature(PrefixVLMConfig).parameters.keys() - {
     "image_token_id",
     "kwargs",
 }
+# fields of configurations that not every class lists: those of all classes, and of each version what the other one reads
+UNLISTED_FIELDS = frozenset(
+    (
+        *("model_type", "dtype", "torch_dtype", "attn_implementation", "tie_word_embeddings"),
+        *("rope_theta", "rope_scaling", "rope_parameters"),
+    )
+)
+OF_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
 MIN_VOCAB_SIZE = 261  # 256 bytes and five special tokens
 MAX_SEED = 2**32 - 1  # numpy's
 
@@ -57,6 +66,21 @@ def _name_or_fields(value: Any) -> str | dict[str, Any]:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return refuse_not_finite(value)
     raise ValueError("must be a name or a mapping.")
+
+
+def _refuse_unknown_fields(values: dict[str, Any], model_type: str) -> None:
+    """Raises a ValueError for a key that the configuration class does not have: transformers would keep it and not read it.
+
+    Args:
+        values: fields of a configuration of transformers.
+        model_type: of the class, unless `values` names another.
+    """
+    model_type = values.get("model_type", model_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {model_type!r}; {did_you_mean(model_type, CONFIG_MAPPING.keys())}")
+    config_class = CONFIG_MAPPING[model_type]
+    listed = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
+    refuse_unknown_keys(values, (listed | UNLISTED_FIELDS) - {"self", "kwargs"})
 
 
 def _tokenizer(value: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -85,11 +109,11 @@ class ModelRecipe(Checked):
     """The model that training starts from: a saved one, or two backbones.
 
     Attributes:
-        start: Hub id or folder of a whole PrefixVLM; then nothing else is needed.
+        start: Hub id or folder of a whole PrefixVLM; then nothing else but `dtype` may be given.
         vision, text: Hub ids or folders of pretrained backbones, or the fields of configurations for random weights.
         tokenizer: Hub id or folder, by default that of `text`; or the fields of a `TokenizerRecipe`.
         image_mean, image_std: of red, green and blue, for the image processor of a model with random weights.
-        config: further fields of `PrefixVLMConfig`.
+        config: further fields of `PrefixVLMConfig`, but for the attention mode, which is that of each stage.
         dtype: of the weights.
     """
 
@@ -106,12 +130,31 @@ class ModelRecipe(Checked):
     @classmethod
     def _is_read(cls, config: dict[str, Any]) -> dict[str, Any]:
         refuse_unknown_keys(config, CONFIG_KEYS)
+        if "attention_mode" in config:
+            raise ValueError("attention_mode is that of each stage; set it there (stages.2.attention_mode).")
         return config
+
+    @field_validator("vision", "text")
+    @classmethod
+    def _are_fields(cls, values: str | dict[str, Any] | None, info: ValidationInfo) -> str | dict[str, Any] | None:
+        if isinstance(values, dict):
+            for key in OF_TOKENIZER if info.field_name == "text" else ():
+                if key in values:
+                    raise ValueError(f"{key} comes from the tokenizer; leave it out.")
+            _refuse_unknown_fields(values, "siglip_vision_model" if info.field_name == "vision" else "qwen2")
+        return values
 
     @model_validator(mode="after")
     def _is_enough(self) -> "ModelRecipe":
         if self.start is None and (self.vision is None or self.text is None):
             raise ValueError("needs `start`, or `vision` and `text`.")
+        parts = ("vision", "text", "tokenizer", "image_mean", "image_std", "config")
+        others = [name for name in parts if getattr(self, name)]
+        if self.start is not None and others:
+            raise ValueError(
+                f"has `start`, a whole model, and beside it {', '.join(others)}, which nothing would read; leave one of "
+                "them out."
+            )
         return self
 
 
@@ -196,6 +239,7 @@ class Recipe(Checked):
         stages: by number, in order.
         output: the folder that gets one folder a stage.
         seed: of everything random.
+        device: `cuda`, `mps` or `cpu`; by default the first there is. CUDA_VISIBLE_DEVICES chooses among several GPUs.
         bf16: train in bfloat16 autocast; off on machines without it.
         gradient_checkpointing: trade time for memory.
         workers: processes that prepare batches; 0 for none beside the training itself.
@@ -207,12 +251,14 @@ class Recipe(Checked):
         lora: adapters to train in place of whole weights.
         logging_steps: log every N optimiser steps.
         report_to: `none` or `tensorboard`.
+        test: what the finished model is evaluated on; `None` for nothing.
     """
 
     model: ModelRecipe
     stages: Annotated[dict[int, StageRecipe], Field(min_length=1)]
     output: Text = "runs/prefixvlm"
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    device: Literal["cuda", "mps", "cpu"] | None = None
     bf16: bool = False
     gradient_checkpointing: bool = False
     workers: AtLeastZero = 0
@@ -223,11 +269,18 @@ class Recipe(Checked):
     lora: LoraRecipe | None = None
     logging_steps: AtLeastOne = 10
     report_to: Literal["none", "tensorboard"] = "none"
+    test: FinalEvaluation | None = None
 
     @model_validator(mode="after")
     def _has_a_model_to_go_on_from(self) -> "Recipe":
         if self.lora is not None and len(self.stages) > 1 and not self.lora.merge:
             raise ValueError("with lora.merge off there is no model for a second stage to start from.")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_tested(self) -> "Recipe":
+        if self.test is not None and self.stages[max(self.stages)].stage.attention_mode == "bidirectional":
+            raise ValueError("test: a model that sees later tokens cannot generate; its last stage must be 1 to 3.")
         return self
 
 

@@ -1,19 +1,60 @@
-"""Checkpoints that can be verified as complete, so that a run killed at any moment can be resumed.
+"""Folders that are complete or absent, and checkpoints that can be verified as complete, so that a run killed at any
+moment can be resumed.
 
 A checkpoint is complete once it has `complete.json`, written last, and every file has the size recorded there.
 """
 
 import json
+import os
 import re
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import TrainerCallback
 
 from prefixvlm.configuration.writing import write_atomically
+from prefixvlm.inference.environment import choose_device
 
 MANIFEST = "complete.json"
+# what a checkpoint has beside the model or the adapter, to go on training: of `Trainer`, of FSDP, of DeepSpeed
+TO_RESUME = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin", MANIFEST),
+    *("pytorch_model_fsdp*", "global_step*", "latest", "zero_to_fp32.py"),
+)
+
+
+def processes(device: str | None = None) -> PartialState:
+    """The processes of the run; the first call decides by `device`, as for `choose_device`, what they run on."""
+    return PartialState(cpu=choose_device(device).type == "cpu")
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a folder is until it is complete."""
+    return folder.with_name(folder.name + ".partial")
+
+
+@contextmanager
+def complete_or_absent(folder: Path, keep: bool = False):
+    """A folder to write into that takes the name `folder` at the end, replacing what was there; on an error it does not.
+
+    Of several processes, the main one creates and renames it while the others wait. With `keep`, what an earlier attempt
+    left is kept.
+    """
+    partial = partial_folder(folder)
+    if processes().is_main_process:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    processes().wait_for_everyone()
+    yield partial
+    processes().wait_for_everyone()
+    if processes().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    processes().wait_for_everyone()
 
 
 class SealCheckpoints(TrainerCallback):
@@ -46,12 +87,25 @@ def is_whole(checkpoint: Path) -> bool:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder; says on stderr which newer ones are broken."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for checkpoint in _checkpoints(folder):
         if is_whole(checkpoint):
             return checkpoint
         print(f"{checkpoint} is incomplete or damaged; trying the one before.", file=sys.stderr)
     return None
+
+
+def keep_models(folder: Path) -> None:
+    """Reduces the checkpoints in the folder of a finished stage to models, which have a fraction of the size."""
+    for checkpoint in _checkpoints(folder):
+        for pattern in TO_RESUME:
+            for path in checkpoint.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

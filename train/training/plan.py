@@ -5,13 +5,18 @@ Shapes: T tokens, P image tokens.
 
 import copy
 import random
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 
 from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration
+from prefixvlm.inference.environment import choose_device
+from prefixvlm.inference.loading import refuse_missing_path
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.screening import screen
@@ -22,7 +27,7 @@ from prefixvlm.train.recipes.stages import MODULES
 from prefixvlm.train.training import lora
 from prefixvlm.train.training.cost import training_flops
 from prefixvlm.train.training.run import all_texts, chosen_stages
-from prefixvlm.train.training.starting_model import PAPER_PAIR, build
+from prefixvlm.train.training.starting_model import PAPER_PAIR, build, refuse_random_start
 
 SAMPLE = 256  # rows that are tokenized to estimate lengths
 TEXT_TOKENS = 128  # of a sample whose data cannot be read
@@ -60,11 +65,15 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
     """
     numbers = chosen_stages(recipe, only)
     model_recipe = recipe.model
-    sources = {number: _source(recipe.stages[number]) for number in numbers}
+    device = choose_device(recipe.device)
+    sources = {}
+    for number in numbers:
+        _announce(f"Stage {number}: reading {_data_names(recipe.stages[number].data)}")
+        sources[number] = _source(recipe.stages[number])
     texts = all_texts(samples for samples in sources.values() if not isinstance(samples, str))
-    if random_init and model_recipe.start is not None:
-        raise ValueError("--random-init is for recipes that name backbones; this one starts from a whole model.")
+    refuse_random_start(model_recipe, random_init)
     processor = None
+    _announce("Building the model with random weights")
     try:
         model, processor = build(model_recipe, texts, random_init=True)
     except ValueError:
@@ -73,7 +82,6 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
         # the tokenizer is on the Hub; everything else about the paper's pair is built in
         config = PrefixVLMConfig.from_preset("paper", **model_recipe.config)
         model = PrefixVLMForConditionalGeneration(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [
         f"Model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_image_tokens} image tokens."
     ]
@@ -81,6 +89,7 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
         lines.append(f"The tokenizer cannot be loaded here: {TEXT_TOKENS} text tokens per sample are assumed.")
     total = 0.0
     for number in numbers:
+        _announce(f"Stage {number}: measuring a step on {device}")
         size = _size(sources[number], recipe.stages[number], processor, model.config.num_image_tokens)
         text, seconds = _stage_plan(recipe, recipe.stages[number], model, size, device)
         lines += ["", *text]
@@ -88,6 +97,44 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
     if total:
         lines += ["", f"In total: {_duration(total)} on one device like this."]
     return "\n".join(lines)
+
+
+def refuse_missing_paths(recipe: Recipe) -> None:
+    """Raises a ValueError, naming the key, for a path in a recipe that leads to nothing; asks no network."""
+    for key in ("start", "vision", "text", "tokenizer"):
+        _refuse(f"model.{key}", getattr(recipe.model, key))
+    for number, stage in recipe.stages.items():
+        for place, value in _paths_of_data(f"stages.{number}.data", stage.data):
+            _refuse(place, value)
+
+
+def _refuse(key: str, value) -> None:
+    if isinstance(value, str):
+        try:
+            refuse_missing_path(value)
+        except ValueError as error:
+            raise ValueError(f"{key} is {error}") from error
+
+
+def _paths_of_data(key: str, data: dict) -> Iterator[tuple[str, Any]]:
+    """Yields the paths in the settings of a data source and in the parts of a mixture, with their keys."""
+    if not any(sign in str(data.get("path")) for sign in "*?["):
+        yield f"{key}.path", data.get("path")
+    yield f"{key}.images", data.get("images")
+    parts = data.get("parts")
+    for place, part in enumerate(parts if isinstance(parts, list) else []):
+        if isinstance(part, dict):
+            yield from _paths_of_data(f"{key}.parts.{place}", part)
+
+
+def _data_names(data: dict) -> str:
+    """What a data source is called in a sentence."""
+    names = [str(value) for place, value in _paths_of_data("", data) if place.endswith(".path") and value]
+    return ", ".join(names) or str(data["source"])
+
+
+def _announce(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def _source(stage_recipe: StageRecipe):
@@ -229,8 +276,7 @@ def _sample(config, size: DataSize) -> dict[str, torch.Tensor]:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.get_device_module(device).synchronize()
     return time.perf_counter()
 
 

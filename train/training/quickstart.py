@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from prefixvlm.configuration.writing import write_atomically
-from prefixvlm.inference.environment import versions
+from prefixvlm.inference.environment import choose_device, versions
 from prefixvlm.inference.loading import load
 from prefixvlm.train.data import easy_vqa
 from prefixvlm.train.data.conversation import Conversation
@@ -21,6 +23,7 @@ from prefixvlm.train.evaluation import figures
 from prefixvlm.train.evaluation.answering import answer
 from prefixvlm.train.recipes.schema import Recipe
 from prefixvlm.train.training import run
+from prefixvlm.train.training.checkpoints import complete_or_absent
 
 SHOWN_QUESTIONS = 6
 
@@ -32,20 +35,23 @@ import transformers
 from transformers import AutoProcessor
 AutoModel = getattr(transformers, "AutoModelForVision2Seq", None) or transformers.AutoModelForImageTextToText
 folder, questions = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).to(sys.argv[3])
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 for image, question in questions:
     messages = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    ).to(model.device)
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 
 
-def quickstart(recipe: Recipe) -> dict:
+def quickstart(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict:
     """Trains, tests and shows; leaves `final/`, metrics.json, loss.png and masks.png in `recipe.output`.
+
+    Args:
+        resume, overwrite: as for `run_recipe`.
 
     Returns:
         What metrics.json says: accuracies in [0, 1] over the test questions, seconds, parameters, versions.
@@ -55,23 +61,25 @@ def quickstart(recipe: Recipe) -> dict:
     """
     output = Path(recipe.output)
     started = time.perf_counter()
-    last = run.run_recipe(recipe)
+    last = run.run_recipe(recipe, resume=resume, overwrite=overwrite)
     seconds = {"training": time.perf_counter() - started}
-    with run.complete_or_absent(output / "final") as partial:
+    with complete_or_absent(output / "final") as partial:
         shutil.copytree(
             last, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "loss.png", "history.json")
         )
     histories = {
-        f"stage {n}": json.loads((run.stage_folder(output, n) / "history.json").read_text()) for n in recipe.stages
+        f"stage {n}": json.loads((run.stage_folder(output, n) / "history.json").read_text(encoding="utf-8"))
+        for n in recipe.stages
     }
     figures.save_loss_curve(histories, output / "loss.png")
     figures.save_masks(output / "masks.png")
 
     started = time.perf_counter()
-    metrics = test(str(output / "final"))
+    device = choose_device(recipe.device)
+    metrics = test(str(output / "final"), device)
     seconds["testing"] = time.perf_counter() - started
     started = time.perf_counter()
-    show(output / "final")
+    show(output / "final", device)
     seconds["fresh_process"] = time.perf_counter() - started
     seconds["total"] = sum(seconds.values())
     metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
@@ -82,9 +90,9 @@ def quickstart(recipe: Recipe) -> dict:
     return metrics
 
 
-def test(folder: str) -> dict:
+def test(folder: str, device: torch.device) -> dict:
     """Exact-match accuracy over all 9,673 test questions, each asked alone and answered by greedy generation."""
-    model, processor = load(folder)
+    model, processor = load(folder, device=device)
     questions, references = [], []
     for image, pairs in easy_vqa.questions_by_image("test").items():
         for question, reference in pairs:
@@ -103,14 +111,16 @@ def test(folder: str) -> dict:
     }
 
 
-def show(folder: Path) -> None:
+def show(folder: Path, device: torch.device) -> None:
     """Prints test questions and the answers of a process that loads `folder` through the Auto classes alone."""
     asked: list[tuple[str, str, str]] = []
     for image, pairs in list(easy_vqa.questions_by_image("test").items())[:SHOWN_QUESTIONS]:
         question, reference = pairs[len(asked) % len(pairs)]
         asked.append((str(image), question, reference))
-    arguments = [str(folder.resolve()), json.dumps([(image, question) for image, question, _ in asked])]
-    done = subprocess.run([sys.executable, "-c", FRESH_PROCESS, *arguments], capture_output=True, text=True)
+    arguments = [str(folder.resolve()), json.dumps([(image, question) for image, question, _ in asked]), str(device)]
+    # in UTF-8 on every platform, here and there
+    command = [sys.executable, "-X", "utf8", "-c", FRESH_PROCESS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"A fresh process could not load {folder}: {done.stderr.strip().splitlines()[-1:]}")
     print("\nA fresh process without prefixvlm, through the Auto classes with trust_remote_code=True, answers:")

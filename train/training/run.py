@@ -5,32 +5,35 @@ its last complete checkpoint.
 """
 
 import json
-import os
 import platform
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from prefixvlm.configuration.writing import write_atomically
-from prefixvlm.inference.environment import versions
-from prefixvlm.inference.loading import load as load_model
+from prefixvlm.inference.environment import choose_device, versions
+from prefixvlm.inference.loading import quantization
+from prefixvlm.modeling_vlm.positions_prefix_vlm import attention_window
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.feature_cache import FeatureCache
+from prefixvlm.train.data.noise import add_mask_token
 from prefixvlm.train.data.order import OrderedSamples, StreamedSamples
-from prefixvlm.train.data.screening import Report, Screened, Screening, encode_one
+from prefixvlm.train.data.screening import Report, Screened, Screening, encode_one, longest_sample
 from prefixvlm.train.data.sources import is_stream
 from prefixvlm.train.data.sources import load as load_samples
 from prefixvlm.train.evaluation import figures
-from prefixvlm.train.recipes.schema import Recipe, StageRecipe
+from prefixvlm.train.recipes.schema import MAX_SEED, Recipe, StageRecipe
 from prefixvlm.train.training import checkpoints, lora
+from prefixvlm.train.training.checkpoints import complete_or_absent, partial_folder, processes
 from prefixvlm.train.training.evaluation_callback import EvaluateByGeneration
-from prefixvlm.train.training.starting_model import build
+from prefixvlm.train.training.final_evaluation import evaluate_finished, final_evaluation
+from prefixvlm.train.training.starting_model import build, load_start, refuse_random_start
 from prefixvlm.train.training.trainer import StageTrainer
 
 RECORD = "run.json"
@@ -41,56 +44,47 @@ def stage_folder(output: Path, number: int) -> Path:
     return output / f"stage-{number}"
 
 
-def partial_folder(folder: Path) -> Path:
-    """Where a folder is until it is complete."""
-    return folder.with_name(folder.name + ".partial")
-
-
-def processes() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available())
-
-
-@contextmanager
-def complete_or_absent(folder: Path, keep: bool = False):
-    """A folder to write into that takes the name `folder` at the end, replacing what was there; on an error it does not.
-
-    Of several processes, the main one creates and renames it while the others wait. With `keep`, what an earlier attempt
-    left is kept.
-    """
-    partial = partial_folder(folder)
-    if processes().is_main_process:
-        if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-    processes().wait_for_everyone()
-    yield partial
-    processes().wait_for_everyone()
-    if processes().is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    processes().wait_for_everyone()
-
-
-def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = False, random_init: bool = False) -> Path:
+def run_recipe(
+    recipe: Recipe,
+    only: list[int] | None = None,
+    resume: bool = False,
+    random_init: bool = False,
+    overwrite: bool = False,
+) -> Path:
     """Trains the stages of a recipe, or those in `only`, and returns the folder of the last.
 
-    A first stage other than the recipe's first starts from the folder its predecessor left in `recipe.output`.
+    A first stage other than the recipe's first starts from the folder its predecessor left in `recipe.output`. What
+    `recipe.test` asks of the finished model goes to `test` in that folder.
 
     Args:
         resume: keep the stages that are finished, and resume an unfinished one from its newest complete checkpoint.
         random_init: start from random weights where the recipe names pretrained backbones.
+        overwrite: replace what an earlier run left of these stages, finished or not.
 
     Raises:
-        ValueError: for stages that the recipe does not have, a missing predecessor, data that cannot be used, or
-            `resume` in the folder of another run.
+        ValueError: for stages that the recipe does not have, a missing predecessor, data that cannot be used, what an
+            earlier run left, or `resume` in the folder of another run.
     """
     chosen = chosen_stages(recipe, only)
     output = Path(recipe.output)
+    processes(recipe.device)
+    refuse_random_start(recipe.model, random_init)
+    if resume and overwrite:
+        raise ValueError("--resume keeps what --overwrite replaces; choose one of them.")
+    _refuse_missing_packages(recipe)
+    finished = [stage_folder(output, number) for number in chosen if stage_folder(output, number).is_dir()]
+    if finished and not resume and not overwrite:
+        raise ValueError(
+            f"{finished[-1]} is there already; choose another output, replace it with --overwrite, or train what an "
+            "interrupted run has left with --resume."
+        )
     # all data is opened before any training, so that a wrong path costs no hours
     before = [number for number in recipe.stages if number < chosen[0]]
     sources = {number: load_samples(**recipe.stages[number].data) for number in (chosen if before else recipe.stages)}
     asked = {number: recipe.stages[number].evaluation for number in chosen}
     evaluations = {number: EvaluateByGeneration(settings) for number, settings in asked.items() if settings}
+    is_last = chosen[-1] == max(recipe.stages)
+    test = final_evaluation(recipe, stage_folder(output, chosen[-1])) if is_last else None
     settings = {number: _settings(recipe, number, sources[number], random_init) for number in chosen}
     if resume:
         while chosen and stage_folder(output, chosen[0]).is_dir():
@@ -98,25 +92,57 @@ def run_recipe(recipe: Recipe, only: list[int] | None = None, resume: bool = Fal
             print(f"Stage {chosen[0]} is finished.", flush=True)
             before.append(chosen.pop(0))
         if not chosen:
+            evaluate_finished(test, is_new=False)
             return stage_folder(output, before[-1])
-    set_seed(recipe.seed)
-    start = recipe.model.start
-    if before:
-        start = str(stage_folder(output, before[-1]))
-        if not Path(start).is_dir():
-            raise ValueError(
-                f"Stage {chosen[0]} starts from {start}, which does not exist; train stage {before[-1]} first."
-            )
-        model, processor = load_model(start, recipe.model.dtype)
-    else:
-        quantize = recipe.lora.quantize if recipe.lora else None
-        model, processor = build(recipe.model, all_texts(sources.values()), random_init, quantize)
+    model, processor, start = _starting_model(recipe, before, chosen[0], sources, random_init)
     screening = Screening(output / "screening", resume, recipe.workers, recipe.max_skipped)
     for number in chosen:
-        stage = _StageRun(recipe, number, sources[number], settings[number], screening, resume)
+        if model is None:
+            model, processor = _load(recipe, start)
+        stage = _StageRun(recipe, number, sources[number], settings[number], screening, resume, overwrite)
         model = stage.train(model, processor, start, evaluations.get(number))
         start = str(stage.folder)
+        if processes().is_main_process and overwrite:  # they came from what is replaced: `resume` must not keep them
+            for later in chosen[chosen.index(number) + 1 :]:
+                shutil.rmtree(stage_folder(output, later), ignore_errors=True)
+    evaluate_finished(test, is_new=True)
     return stage_folder(output, chosen[-1])
+
+
+def _refuse_missing_packages(recipe: Recipe) -> None:
+    """Raises a ValueError for what a recipe needs and is not installed, before anything else takes time."""
+    if recipe.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise ValueError("report_to: tensorboard needs tensorboard; run: pip install tensorboard")
+    if recipe.lora:
+        lora.refuse_without_peft()
+        if recipe.lora.quantize:
+            quantization(recipe.lora.quantize, torch.float32)
+
+
+def _starting_model(recipe: Recipe, before: list[int], first: int, sources: dict, random_init: bool):
+    """The model and processor that the first stage to train starts from, and where they came from, if from anywhere."""
+    if before:
+        start = str(stage_folder(Path(recipe.output), before[-1]))
+        if not Path(start).is_dir():
+            raise ValueError(f"Stage {first} starts from {start}, which does not exist; train stage {before[-1]} first.")
+    elif recipe.model.start is not None:
+        start = recipe.model.start
+    else:
+        set_seed(recipe.seed)
+        model, processor = build(recipe.model, all_texts(sources.values()), random_init)
+        if not recipe.lora:
+            return model, processor, None
+        start = str(Path(recipe.output) / "start")  # without the very model that it was trained on, an adapter is of no use
+        with complete_or_absent(Path(start)) as partial:
+            if processes().is_main_process:
+                model.save_pretrained(partial)
+                processor.save_pretrained(partial)
+    return *_load(recipe, start), start
+
+
+def _load(recipe: Recipe, start: str):
+    """The model and processor in a folder, as the recipe trains it."""
+    return load_start(start, recipe.model.dtype, recipe.lora.quantize if recipe.lora else None)
 
 
 def chosen_stages(recipe: Recipe, only: list[int] | None) -> list[int]:
@@ -181,37 +207,53 @@ def _refuse_another_run(folder: Path, settings: dict) -> None:
 class _StageRun:
     """One stage of a run: leaves the model, its processor, log, loss curve, run.json and skipped.jsonl in `folder`."""
 
-    def __init__(self, recipe: Recipe, number: int, samples, settings: dict, screening: Screening, resume: bool):
+    def __init__(
+        self, recipe: Recipe, number: int, samples, settings: dict, screening: Screening, resume: bool, overwrite: bool
+    ):
         self.recipe, self.samples, self.settings, self.screening = recipe, samples, settings, screening
         self.recipe_of_stage = recipe.stages[number]
         self.stage = self.recipe_of_stage.stage
         self.folder = stage_folder(Path(recipe.output), number)
-        self.checkpoint = checkpoints.newest_whole(partial_folder(self.folder))
+        self.checkpoint = None if overwrite else checkpoints.newest_whole(partial_folder(self.folder))
         if self.checkpoint is not None:
             if not resume:
                 raise ValueError(
                     f"{self.checkpoint.parent} holds the checkpoints of an unfinished run; continue it with --resume, or "
-                    "remove it."
+                    "replace it with --overwrite."
                 )
             _refuse_another_run(self.checkpoint.parent, settings)
             print(f"Stage {number} resumes from {self.checkpoint}.", flush=True)
         self.record = _record(settings, recipe)
 
     def train(self, model, processor, start: str | None, evaluation: EvaluateByGeneration | None):
-        """Trains the stage and returns its model.
+        """Trains the stage; returns its model, or `None` if it is only in `folder`.
 
         Args:
             start: where the model was loaded from; `None` if it was not.
         """
         recipe, stage = self.recipe, self.stage
+        window = attention_window(model.config.text_config)
+        if window is not None and self.recipe_of_stage.max_tokens_per_row > window:
+            raise ValueError(
+                f"Stage {stage.number}: max_tokens_per_row is {self.recipe_of_stage.max_tokens_per_row}, more than the "
+                f"sliding window of {window} tokens in some layers of this decoder; choose at most that."
+            )
         with complete_or_absent(self.folder, keep=self.checkpoint is not None) as partial:
+            if stage.noise_token == "mask":
+                if recipe.lora and processor.tokenizer.mask_token_id is None:
+                    raise ValueError(
+                        f"Stage {stage.number}: noise_token: mask would add a token to the model, which an adapter does "
+                        "not hold; choose another."
+                    )
+                add_mask_token(model, processor.tokenizer)
             collator = ConversationCollator(
                 processor,
                 stage.text_format,
                 noise=stage.noise,
+                noise_token=stage.noise_token,
                 augment=self.recipe_of_stage.augment,
-                seed=recipe.seed + stage.number,
                 max_tokens_per_row=self.recipe_of_stage.max_tokens_per_row,
+                context=longest_sample(model.config.text_config),
                 feature_cache=_feature_cache(model, recipe, self.recipe_of_stage),
                 pad_failures=True,
             )
@@ -219,6 +261,8 @@ class _StageRun:
             dataset = self._dataset(collator, report)
             self._write_record(partial)
             if recipe.lora:
+                # here, so that adapters are drawn alike whatever this process has done before
+                set_seed((recipe.seed + stage.number) % (MAX_SEED + 1))
                 model = lora.add_adapters(model, recipe.lora, stage)
             trainer = StageTrainer(
                 model,
@@ -230,6 +274,8 @@ class _StageRun:
                 feature_cache=collator.feature_cache,
                 report=report,
             )
+            # which transformers 5's trainer would leave switched off in all that is saved
+            vars(model.config).pop("use_cache", None)
             if evaluation is not None:
                 evaluation.attach(trainer)
             if trainer.is_sharded and recipe.lora and recipe.lora.merge:
@@ -239,6 +285,7 @@ class _StageRun:
             report.exchange()
             model = _save(trainer, model, recipe, partial, start)
             if trainer.is_world_process_zero():
+                checkpoints.keep_models(partial)
                 history = trainer.state.log_history
                 write_atomically(partial / "history.json", json.dumps(history, indent=1))
                 figures.save_loss_curve({f"stage {stage.number}": history}, partial / "loss.png")
@@ -259,10 +306,7 @@ class _StageRun:
         seed = self.recipe.seed * 10 + self.stage.number
         if is_stream(self.samples):
             report.path.unlink(missing_ok=True)
-
-            def encode(sample):
-                return encode_one(collator, sample, settings.max_length)
-
+            encode = partial(encode_one, collator, settings.max_length)  # no local function, so that it can be pickled
             rank, count = processes().process_index, processes().num_processes
             return StreamedSamples(self.samples, encode, report.add, seed, rank, count)
         screened = self.screening.verdict(self.samples, collator, settings.max_length, settings.group_by_length)
@@ -291,30 +335,21 @@ class _StageRun:
 
 
 def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str | None):
-    """Saves what a stage has trained; returns the model that the next one starts from.
+    """Saves what a stage has trained; returns the model if the next one can start from it, else `None`.
 
     Args:
         start: where the model under the adapters was loaded from.
     """
-    if recipe.lora and recipe.lora.merge:
-        adapter = folder / "adapter"
-        trainer.save_model(str(adapter))
-        (adapter / "training_args.bin").unlink(missing_ok=True)
-        if recipe.lora.quantize and start:  # adapters are merged into the original weights, not into quantised ones
-            base, _ = load_model(start, recipe.model.dtype)
-            model = lora.merged(adapter, base)
-        else:
-            model = model.merge_and_unload()
-        if trainer.is_world_process_zero():
-            model.save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)
-    else:
-        trainer.save_model(str(folder))
-        if trainer.is_sharded:  # and stays so; the next stage starts from an unsharded model
-            processes().wait_for_everyone()
-            model, _ = load_model(str(folder), recipe.model.dtype)
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
-    return model
+    merge = recipe.lora is not None and recipe.lora.merge
+    saved = folder / "adapter" if merge else folder
+    trainer.save_model(str(saved))
+    (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
+    if merge and trainer.is_world_process_zero():
+        # into the weights of the folder, which are not quantised
+        base, processor = load_start(start, recipe.model.dtype)
+        lora.merged(saved, base).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return None if recipe.lora or trainer.is_sharded else model
 
 
 def _feature_cache(model, recipe: Recipe, stage_recipe: StageRecipe) -> FeatureCache | None:
@@ -328,7 +363,8 @@ def _feature_cache(model, recipe: Recipe, stage_recipe: StageRecipe) -> FeatureC
 
 def _record(settings: dict, recipe: Recipe) -> dict:
     """What is worth knowing about a run afterwards, for `run.json`."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    is_cuda = choose_device(recipe.device).type == "cuda"
+    device = torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()
     return {
         "command": " ".join(sys.argv),
         "seed": recipe.seed,
@@ -343,7 +379,8 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
     """transformers' arguments for one stage; the schedule itself is `StageTrainer`'s."""
     stage = stage_recipe.stage
     devices = processes().num_processes
-    if devices == 1 and torch.cuda.device_count() > 1:
+    device = choose_device(recipe.device).type
+    if device == "cuda" and devices == 1 and torch.cuda.device_count() > 1:
         # `Trainer` would split each batch, and separate images from their texts
         raise ValueError(
             f"This machine has {torch.cuda.device_count()} GPUs; start one process for each (torchrun --nproc-per-node "
@@ -365,7 +402,7 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         bf16=recipe.bf16,
-        tf32=True if recipe.bf16 and torch.cuda.is_available() else None,
+        tf32=True if recipe.bf16 and device == "cuda" else None,
         gradient_checkpointing=recipe.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         dataloader_num_workers=recipe.workers,
@@ -376,5 +413,5 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
         logging_steps=recipe.logging_steps,
         report_to=recipe.report_to,
         seed=recipe.seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
     )

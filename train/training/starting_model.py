@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from prefixvlm.configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
 from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
-from prefixvlm.inference.loading import dtype_named, load
+from prefixvlm.inference.loading import base_of_adapter, dtype_named, load
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
 from prefixvlm.train.recipes.schema import ModelRecipe
 
@@ -16,27 +16,44 @@ END_TOKEN, NOISE_TOKEN = "<|endoftext|>", "<|mask|>"
 PAPER_PAIR = ("google/siglip-so400m-patch14-224", "Qwen/Qwen2.5-0.5B")
 
 
-def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False, quantize: str | None = None):
+def load_start(start: str, dtype: str, quantize: str | None = None):
+    """A saved model to train, and its processor; see `load`.
+
+    Raises:
+        ValueError: also for an adapter, which is not a whole model.
+    """
+    if base_of_adapter(start):
+        raise ValueError(f"{start} is an adapter; make a whole model of it first: prefixvlm merge {start} --output DIR")
+    return load(start, dtype, quantize)
+
+
+def refuse_random_start(recipe: ModelRecipe, random_init: bool) -> None:
+    """Raises a ValueError for random weights in place of a saved model's."""
+    if random_init and recipe.start is not None:
+        raise ValueError("--random-init is for recipes that name backbones; this one starts from a whole model.")
+
+
+def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
     """The model and processor a recipe starts from.
 
     Args:
         recipe: its `model` part.
         texts: to train a new tokenizer on; read only if the recipe asks for one.
         random_init: take only the shapes of pretrained backbones; their weights are not loaded.
-        quantize: as for `load`.
 
     Raises:
         ValueError: for settings that contradict each other or backbones that cannot be loaded.
     """
     if recipe.start is not None:
-        return load(recipe.start, recipe.dtype, quantize)
-    if quantize:
-        raise ValueError("lora.quantize needs a trained model to start from; set model.start.")
+        return load_start(recipe.start, recipe.dtype)
     if isinstance(recipe.vision, str) != isinstance(recipe.text, str):
         raise ValueError("model.vision and model.text must both be pretrained (names) or both new (settings).")
     if isinstance(recipe.vision, str) and random_init:
         model, processor = _from_settings(recipe.model_copy(update=_shapes(recipe)), texts)
     elif isinstance(recipe.vision, str) and isinstance(recipe.text, str):
+        for key in ("tokenizer", "image_mean", "image_std"):
+            if getattr(recipe, key) is not None:
+                raise ValueError(f"model.{key} is for random weights; pretrained backbones bring their own. Leave it out.")
         try:
             processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text)
             model = PrefixVLMForConditionalGeneration.from_backbones(

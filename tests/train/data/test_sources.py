@@ -16,6 +16,7 @@ LLAVA_ROW = {
     "image": "pictures/a.png",
     "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}],
 }
+TEXT_TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A square."}]
 VQA_ROW = {"image": "pictures/a.png", "question": "Where?", "answer": "Left lung"}
 CAPTIONS_ROW = {"image": "pictures/a.png", "texts": ["One.", "Two."]}
 KARPATHY = {
@@ -124,7 +125,7 @@ def test_questions_that_need_the_picture_come_first():
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_llava_rows(folder, name, streaming):
-    path = write_rows(folder, [LLAVA_ROW, {"id": 7, "conversations": LLAVA_ROW["conversations"]}], name)
+    path = write_rows(folder, [LLAVA_ROW, {"id": 7, "conversations": TEXT_TURNS}], name)
     first, second = sorted(
         everything(sources.load("llava", path=path, streaming=streaming)), key=lambda sample: sample.name
     )
@@ -138,7 +139,7 @@ def test_llava_rows(folder, name, streaming):
 @pytest.mark.parametrize("spelling", ["folder", "glob", "file"])
 def test_parquet_rows_with_and_without_images(folder, spelling, streaming):
     image = {"bytes": png("blue"), "path": "in.png"}
-    rows = [{**LLAVA_ROW, "image": image}, {**LLAVA_ROW, "image": None}]
+    rows = [{**LLAVA_ROW, "image": image}, {"id": "2", "image": None, "conversations": TEXT_TURNS}]
     write_parquet(folder / "set" / "train-00000-of-00001.parquet", rows)
     paths = {"folder": "set", "glob": "set/*.parquet", "file": "set/train-00000-of-00001.parquet"}
     samples = everything(sources.load("llava", path=str(folder / paths[spelling]), streaming=streaming))
@@ -202,6 +203,7 @@ def test_lines_end_at_newlines_only(folder):
         ("llava", {**LLAVA_ROW, "conversations": [{"from": "robot", "value": "x"}]}, "`conversations` must be"),
         ("llava", {**LLAVA_ROW, "conversations": [{"from": "gpt", "value": 3}]}, "a text was expected"),
         ("llava", {**LLAVA_ROW, "conversations": [{"from": "human", "value": "x"}]}, "there is no text to learn"),
+        ("llava", {**LLAVA_ROW, "image": ""}, "a question has <image>, but the row has no image"),
         ("llava", {**LLAVA_ROW, "image": "../outside.png"}, "../outside.png lies outside"),
         ("llava", {**LLAVA_ROW, "image": "/etc/passwd"}, "/etc/passwd lies outside"),
         ("llava", {**LLAVA_ROW, "image": "pictures/../../x.png"}, "lies outside"),
@@ -262,6 +264,21 @@ def test_mixture_keeps_weights_and_loses_nothing(folder):
     assert max(counts) - min(counts) <= 1
     mixed = sources.load("mixture", parts=parts)
     assert mixed.name(0) == f"{small}, row 1"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_fingerprint_of_a_mixture_follows_its_weights(folder, streaming):
+    paths = [write_rows(folder, [VQA_ROW] * 4, name) for name in ("a.jsonl", "b.jsonl")]
+
+    def fingerprint(*weights):
+        parts = [
+            {"source": "vqa", "path": path, "weight": weight, "streaming": streaming}
+            for path, weight in zip(paths, weights, strict=True)
+        ]
+        return sources.load("mixture", parts=parts).fingerprint
+
+    # as many samples in each case
+    assert fingerprint(1, 3) == fingerprint(1, 3) != fingerprint(3, 1)
 
 
 def test_mixture_of_streams_keeps_weights(folder):

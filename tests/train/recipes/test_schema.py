@@ -1,6 +1,7 @@
 """Recipes are strict: what is not understood is refused, naming the file and the key."""
 
 import math
+import re
 from typing import get_args
 
 import pytest
@@ -312,9 +313,63 @@ def test_a_value_that_is_set_later_is_checked_too():
 def test_names_are_those_of_what_reads_them():
     assert get_args(Dtype) == tuple(DTYPES)
     assert get_args(get_args(LoraRecipe.model_fields["quantize"].annotation)[0]) == tuple(QUANTIZED)
+    size = len(train_tokenizer(["a"], 1))
     with pytest.raises(ValueError, match="is 260"):
-        parse_recipe(placed(("model", "tokenizer"), {"vocab_size": len(train_tokenizer(["a"], 1)) - 1}))
-    parse_recipe(placed(("model", "tokenizer"), {"vocab_size": len(train_tokenizer(["a"], 1))}))
+        parse_recipe(changed(model={"vision": {}, "text": {}, "tokenizer": {"vocab_size": size - 1}}))
+    parse_recipe(changed(model={"vision": {}, "text": {}, "tokenizer": {"vocab_size": size}}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vision", {"hidden_size": 8}),
+        ("text", "some/decoder"),
+        ("tokenizer", {"vocab_size": 300}),
+        ("image_mean", [0.5] * 3),
+        ("image_std", [0.5] * 3),
+        ("config", {"projector_hidden_size": 8}),
+    ],
+)
+def test_what_a_whole_model_already_has_is_not_given_again(key, value):
+    with pytest.raises(ValueError, match=rf"^recipe: model has `start`, a whole model, and beside it {key}, which nothing"):
+        parse_recipe(changed(model={"start": "somewhere", key: value}))
+    parse_recipe(changed(model={"start": "somewhere", key: {} if key == "config" else None, "dtype": "bfloat16"}))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "says"),
+    [
+        ("vision", {"hiden_size": 8}, "model.vision: unknown key hiden_size; did you mean 'hidden_size'?"),
+        ("text", {"num_attn_heads": 8}, "model.text: unknown key num_attn_heads; did you mean 'num_attention_heads'?"),
+        ("text", {"model_type": "llama", "mlp_bia": True}, "model.text: unknown key mlp_bia; did you mean 'mlp_bias'?"),
+        ("text", {"model_type": "lama"}, "model.text: model_type is 'lama'; did you mean 'llama'?"),
+        ("vision", {"image_size": 16, "patchsize": 8}, "model.vision: unknown key patchsize; did you mean 'patch_size'?"),
+        ("text", {"eos_token_id": 3}, "model.text: eos_token_id comes from the tokenizer; leave it out."),
+    ],
+)
+def test_fields_that_a_backbone_does_not_have_are_refused(part, values, says):
+    model = {"vision": {}, "text": {}, "tokenizer": "some/tokenizer", part: values}
+    with pytest.raises(ValueError, match=rf"^recipe: {re.escape(says)}"):
+        parse_recipe(changed(model=model))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_theta": 10_000.0, "rope_scaling": None, "attn_implementation": "eager", "dtype": "float32"},
+        {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "mlp_bias": True},
+        {"model_type": "gpt2", "n_embd": 8, "hidden_size": 8},
+    ],
+)
+def test_fields_that_a_backbone_has_pass(text):
+    parse_recipe(
+        changed(model={"vision": {"model_type": "clip_vision_model"}, "text": text, "tokenizer": "some/tokenizer"})
+    )
+
+
+def test_the_attention_mode_is_that_of_the_stages():
+    with pytest.raises(ValueError, match=r"model\.config: attention_mode is that of each stage; set it there"):
+        parse_recipe(changed(model={"vision": {}, "text": {}, "config": {"attention_mode": "causal"}}))
 
 
 def test_epochs_may_be_a_fraction():

@@ -4,12 +4,31 @@ import json
 
 import pytest
 
+from prefixvlm.cli import main
 from prefixvlm.inference.loading import load
 from prefixvlm.train.data import easy_vqa
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.evaluation.answering import answer
 from prefixvlm.train.recipes.schema import load_recipe
 from prefixvlm.train.training import quickstart as module
+
+
+def test_a_finished_quickstart_is_not_replaced_without_asking(tmp_path, monkeypatch, capsys):
+    (tmp_path / "stage-0").mkdir()
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"prefixvlm quickstart: {tmp_path / 'stage-0'} is there already;")
+    assert "--overwrite" in said
+    assert "--resume" in said
+
+    def stop(recipe, **options):
+        raise ValueError(str(options))
+
+    monkeypatch.setattr(module.run, "run_recipe", stop)
+    assert main(["quickstart", "--output", str(tmp_path), "--overwrite"]) == 2
+    assert "{'resume': False, 'overwrite': True}" in capsys.readouterr().err
+    assert main(["quickstart", "--output", str(tmp_path), "--resume"]) == 2
+    assert "{'resume': True, 'overwrite': False}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

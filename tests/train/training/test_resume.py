@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,15 @@ from prefixvlm.train.training.trainer import StageTrainer
 
 KILLED_RUNS = Path(__file__).parent / "killed_runs.py"
 ROWS = 11  # no multiple of the batch
-KINDS = {"map-style": {}, "packed": {"max_tokens_per_row": 128, "group_by_length": True}, "streamed": {"streaming": True}}
+PACKED = {"max_tokens_per_row": 128, "group_by_length": True}
+KINDS = {
+    "map-style": {},
+    "packed": PACKED,
+    "streamed": {"streaming": True},
+    "lora": {"lora": True},
+    "packed lora": {**PACKED, "lora": True},
+}
+FAST_KINDS = ("map-style", "streamed", "packed lora")
 
 
 def write_rows(folder: Path) -> None:
@@ -35,8 +44,10 @@ def write_rows(folder: Path) -> None:
             file.write(json.dumps({"image": f"{index}.png", "texts": texts}) + "\n")
 
 
-def write_recipe(folder: Path, name: str = "recipe", *, streaming: bool = False, **settings) -> str:
+def write_recipe(folder: Path, name: str = "recipe", *, streaming: bool = False, lora: bool = False, **settings) -> str:
     """Stages 0 (noise) and 2, five steps over more than an epoch, a checkpoint after every second step."""
+    if lora:
+        settings["language_model_lr"] = 1e-3
     if not (folder / "data").exists():
         write_rows(folder / "data")
         tiny_tokenizer().save_pretrained(folder / "tokenizer")
@@ -45,6 +56,7 @@ def write_recipe(folder: Path, name: str = "recipe", *, streaming: bool = False,
     values = {
         "model": {**SMALL["model"], "tokenizer": str(folder / "tokenizer")},
         "stages": {0: stage, 2: {**stage, "vision_tower_lr": 1e-3}},
+        "lora": {"r": 2, "dropout": 0.1} if lora else None,
         "save_steps": 2,
         "logging_steps": 1,
         "output": str(folder / "out"),
@@ -54,9 +66,9 @@ def write_recipe(folder: Path, name: str = "recipe", *, streaming: bool = False,
     return str(path)
 
 
-def killed_runs(folder: Path, kills: int, seed: int) -> dict[str, list[dict]]:
-    """What `killed_runs.py` reports, for each kind of data."""
-    recipes = {kind: write_recipe(folder, kind, **settings) for kind, settings in KINDS.items()}
+def killed_runs(folder: Path, kinds: Iterable[str], kills: int, seed: int) -> dict[str, list[dict]]:
+    """What `killed_runs.py` reports, for each of these kinds of runs."""
+    recipes = {kind: write_recipe(folder, kind, **KINDS[kind]) for kind in kinds}
     runs = folder / "runs"
     runs.mkdir()
     command = [sys.executable, str(KILLED_RUNS), str(runs), str(seed), str(kills), *recipes.values()]
@@ -70,17 +82,17 @@ def killed_runs(folder: Path, kills: int, seed: int) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def killed_twice(tmp_path_factory):
-    return killed_runs(tmp_path_factory.mktemp("twice"), kills=2, seed=1)
+    return killed_runs(tmp_path_factory.mktemp("twice"), FAST_KINDS, kills=2, seed=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAST_KINDS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(killed_twice, kind):
     assert [result["identical"] for result in killed_twice[kind]] == [True] * 2
 
 
 @pytest.fixture(scope="module")
 def killed_ten_times(tmp_path_factory):
-    return killed_runs(tmp_path_factory.mktemp("ten"), kills=10, seed=2)
+    return killed_runs(tmp_path_factory.mktemp("ten"), KINDS, kills=10, seed=2)
 
 
 @pytest.mark.slow
@@ -153,6 +165,29 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_another(tmp_path, monk
     assert main(["train", path, "--stages", "0", "--resume"]) == 2
     assert "with other settings of data_fingerprint" in capsys.readouterr().err
     assert is_whole(partial / "checkpoint-2")
+
+
+@pytest.mark.parametrize("kind", ["map-style", "lora"])
+def test_a_run_that_ends_between_two_stages_goes_on_in_the_next(tmp_path, kind):
+    path = write_recipe(tmp_path, **KINDS[kind])
+    run_recipe(load_recipe(path, [f"output={tmp_path / 'whole'}"]))
+    run_recipe(load_recipe(path), [0])
+    torch.rand(3)  # another process has not drawn the same random numbers before
+    run_recipe(load_recipe(path), resume=True)
+    for number in (0, 2):
+        found, expected = (
+            load_file(tmp_path / name / f"stage-{number}" / "model.safetensors") for name in ("out", "whole")
+        )
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_overwrite_begins_anew(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path)
+    stopped_run(load_recipe(path), monkeypatch, step=3)
+    assert main(["train", path, "--stages", "0", "--overwrite", "seed=1"]) == 0
+    assert not (tmp_path / "out" / "stage-0.partial").exists()
+    assert json.loads((tmp_path / "out" / "stage-0" / "run.json").read_text())["seed"] == 1
 
 
 def test_finished_stages_are_kept(tmp_path, capsys):

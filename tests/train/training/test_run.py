@@ -8,8 +8,9 @@ import yaml
 from safetensors.torch import load_file
 from small_recipe import SMALL
 
+from prefixvlm.inference.loading import load
 from prefixvlm.train.data import easy_vqa
-from prefixvlm.train.recipes.schema import load_recipe
+from prefixvlm.train.recipes.schema import ModelRecipe, load_recipe
 from prefixvlm.train.recipes.stages import MODULES
 from prefixvlm.train.training import run
 
@@ -47,6 +48,7 @@ def test_stages_build_on_each_other(recipe, tmp_path):
         assert {"command", "seed", "device", "data_fingerprint", "seconds", "steps"} <= record.keys()
         config = json.loads((folder / "config.json").read_text())
         assert config["attention_mode"] == ("prefix" if number else "bidirectional")
+        assert config.get("use_cache", True)
         for name in (
             "README.md",
             "chat_template.jinja",
@@ -67,11 +69,11 @@ def test_one_stage_alone_continues_and_repeats_bit_for_bit(recipe, tmp_path):
     output = tmp_path / "out"
     run.run_recipe(recipe, [0, 1])
     together = weights(output / "stage-1")
-    run.run_recipe(recipe, [1])
+    run.run_recipe(recipe, [1], overwrite=True)
     alone = weights(output / "stage-1")
     assert together.keys() == alone.keys()
     assert not any(name.endswith(".partial") for name in map(str, output.iterdir()))
-    run.run_recipe(recipe, [1])
+    run.run_recipe(recipe, [1], overwrite=True)
     assert all(weight.equal(alone[name]) for name, weight in weights(output / "stage-1").items())
 
 
@@ -91,8 +93,73 @@ def test_a_failed_stage_keeps_the_old_output(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run.figures, "save_loss_curve", fail)
     with pytest.raises(OSError, match="disk full"):
-        run.run_recipe(recipe, [0])
+        run.run_recipe(recipe, [0], overwrite=True)
     assert all(weight.equal(before[name]) for name, weight in weights(tmp_path / "out" / "stage-0").items())
+
+
+def test_a_finished_stage_is_not_replaced_without_asking(recipe, tmp_path):
+    run.run_recipe(recipe, [0])
+    folder = tmp_path / "out" / "stage-0"
+    before = weights(folder)
+    recipe.seed = 1
+    for stages in ([0], [0, 1]):
+        with pytest.raises(
+            ValueError, match=r"stage-0 is there already; choose another output, replace it with --overwrite"
+        ):
+            run.run_recipe(recipe, stages)
+    assert all(weight.equal(before[name]) for name, weight in weights(folder).items())
+    with pytest.raises(ValueError, match=r"^--resume keeps what --overwrite replaces; choose one of them\.$"):
+        run.run_recipe(recipe, [0], resume=True, overwrite=True)
+    run.run_recipe(recipe, [0], overwrite=True)
+    assert not all(weight.equal(before[name]) for name, weight in weights(folder).items())
+
+
+def test_a_replaced_stage_takes_those_that_came_from_it_along(recipe, tmp_path, monkeypatch):
+    run.run_recipe(recipe, [0, 1, 2])
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    original = run.figures.save_loss_curve
+    monkeypatch.setattr(
+        run.figures, "save_loss_curve", lambda curves, path: (fail if "stage 1" in curves else original)(curves, path)
+    )
+    with pytest.raises(OSError, match="disk full"):
+        run.run_recipe(recipe, [0, 1, 2], overwrite=True)
+    # stage 1 is the old one no more, and --resume would keep stage 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("stage-?")) == ["stage-0"]
+
+
+def test_a_finished_stage_keeps_its_checkpoints_as_models(recipe, tmp_path):
+    recipe.save_steps = 1
+    run.run_recipe(recipe, [0])
+    checkpoint = tmp_path / "out" / "stage-0" / "checkpoint-1"
+    left = {path.name for path in checkpoint.iterdir()}
+    assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"}
+    assert {"model.safetensors", "config.json", "modeling_prefix_vlm.py", "tokenizer.json"} <= left
+    load(str(checkpoint))
+
+
+def test_random_weights_for_a_whole_model_are_refused(recipe):
+    recipe.model = ModelRecipe(start="somewhere")
+    with pytest.raises(ValueError, match=r"^--random-init is for recipes that name backbones"):
+        run.run_recipe(recipe, random_init=True)
+
+
+def test_tensorboard_that_is_missing_is_named_before_anything_runs(recipe, monkeypatch):
+    recipe.report_to = "tensorboard"
+    find_spec = run.find_spec
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name.startswith("tensorboard") else find_spec(name))
+    with pytest.raises(ValueError, match=r"^report_to: tensorboard needs tensorboard; run: pip install tensorboard$"):
+        run.run_recipe(recipe)
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "image_mean", "image_std"])
+def test_pretrained_backbones_bring_their_own_tokenizer_and_scale(recipe, key):
+    value = "some/tokenizer" if key == "tokenizer" else [0.5] * 3
+    recipe.model = ModelRecipe(vision="some/encoder", text="some/decoder", **{key: value})
+    with pytest.raises(ValueError, match=f"^model.{key} is for random weights"):
+        run.run_recipe(recipe)
 
 
 def test_batch_that_cannot_be_split(recipe):
@@ -102,6 +169,7 @@ def test_batch_that_cannot_be_split(recipe):
 
 
 def test_several_gpus_need_a_process_each(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ValueError, match=r"This machine has 3 GPUs; start one process for each"):
         run.training_arguments(recipe.stages[0], recipe, "out")

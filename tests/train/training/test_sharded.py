@@ -18,8 +18,10 @@ from tiny import tiny_model
 from torch.utils.data import BatchSampler, DataLoader
 
 import prefixvlm.train.recipes.schema
+from prefixvlm.inference.loading import load
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.order import EpochSampler, OrderedSamples, StreamedSamples
+from prefixvlm.train.training import lora
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 CONFIGS = Path(prefixvlm.train.recipes.schema.__file__).with_name("accelerate")
@@ -48,16 +50,20 @@ def run(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What three steps leave in `one` process, in `two`, and in two with a `sharded` model; and a `recipe` trained so."""
+    """What three steps leave in `one` process, in `two`, and in two with a `sharded` model; and recipes trained so."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = folder / "small.yaml"
     recipe.write_text(yaml.safe_dump({**SMALL, "output": str(folder / "recipe")}))
+    stage = {**SMALL["stages"][2], "attention_mode": "causal", "language_model_lr": 1e-2}
+    adapters = {**SMALL, "stages": {2: stage}, "lora": {"r": 2, "merge": False}, "save_steps": 1}
+    (folder / "lora.yaml").write_text(yaml.safe_dump({**adapters, "output": str(folder / "lora")}))
     shards = str(CONFIGS / "fsdp2.yaml")
     jobs = {
         "one": (1, None, ["steps", str(folder / "one"), "4"]),
         "two": (2, None, ["steps", str(folder / "two"), "2"]),
         "sharded": (2, shards, ["steps", str(folder / "sharded"), "2"]),
         "recipe": (2, shards, ["train", str(recipe), "--stages", "0,2"]),
+        "lora": (2, shards, ["train", str(folder / "lora.yaml")]),
     }
     for name, job in jobs.items():
         values = dict(zip(("processes", "sharded_by", "arguments"), job, strict=True))
@@ -101,6 +107,20 @@ def test_a_recipe_runs_sharded_stage_after_stage(trained):
         weights = load_file(trained / "recipe" / f"stage-{number}" / "model.safetensors")
         shapes.append({key: weight.shape for key, weight in weights.items()})
     assert shapes[0] == shapes[1]
+    for number, mode in ((0, "bidirectional"), (2, "prefix")):
+        config = json.loads((trained / "recipe" / f"stage-{number}" / "config.json").read_text())
+        assert config["attention_mode"] == mode
+
+
+@pytest.mark.parametrize("name", [".", "checkpoint-1"])
+def test_adapters_of_a_sharded_model_load_in_their_mode(trained, name):
+    folder = trained / "lora" / "stage-2" / name
+    start, _ = load(str(trained / "lora" / "start"))
+    before = {key: weight.clone() for key, weight in start.state_dict().items()}
+    after = lora.merged(folder, start)
+    assert after.config.attention_mode == "causal"
+    changed = {key.split(".")[0] for key, weight in after.state_dict().items() if not torch.equal(weight, before[key])}
+    assert changed == {"projector", "language_model"}
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())

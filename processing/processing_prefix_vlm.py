@@ -6,15 +6,18 @@ Shapes: B batch, T tokens, P image tokens, I images in the batch.
 """
 
 import importlib
+import inspect
 import json
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
-from transformers.utils import PaddingStrategy
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy, logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..configuration.configuration_prefix_vlm import (
@@ -25,12 +28,22 @@ from ..configuration.configuration_prefix_vlm import (
     TURN_START_TOKEN,
 )
 from .images_prefix_vlm import load_image
+from .text_prefix_vlm import ControlTokens
+
+logger = logging.get_logger(__name__)
 
 IMAGE_PARTS = ("image", "image_url")  # of a message
 
 # the arguments that transformers accepts for tokenizers and image processors
-TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__)
+TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__) | {"return_tensors"}
 IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__) | {"do_convert_rgb"}
+# dictionaries of arguments
+KWARGS_GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs")
+# of the tokenizer's arguments, those that are used here
+USED_TEXT_KWARGS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
+USED_TEXT_KWARGS |= {"return_attention_mask", "return_mm_token_type_ids", "return_tensors", "verbose"}
+RENDERING_KWARGS = ("add_generation_prompt", "continue_final_message")  # used outside of the template
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 # ChatML, with the image before the first turn as the paper's sequence has it: <im>*P INST1 ans1 INST2 ans2 (section III-D).
 # Of several images, those that open the first message move to the front; the others stay in place.
@@ -121,7 +134,6 @@ class PrefixVLMProcessor(ProcessorMixin):
         chat_template=None,
         num_image_tokens=256,
         image_token=IMAGE_TOKEN,
-        **kwargs,
     ):
         self.auto_map = {"AutoProcessor": "processing_prefix_vlm.PrefixVLMProcessor"}
         self.num_image_tokens = num_image_tokens
@@ -131,6 +143,7 @@ class PrefixVLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"The tokenizer has no token {image_token!r}; add it, or use PrefixVLMProcessor.from_backbones."
             )
+        self._control: ControlTokens | None = None
         super().__init__(image_processor, tokenizer, chat_template=chat_template or default_chat_template(image_token))
 
     @classmethod
@@ -141,16 +154,21 @@ class PrefixVLMProcessor(ProcessorMixin):
 
         Adds the image token and ChatML's turn tokens where the tokenizer lacks them, and pads on the left, as batched
         generation needs (training collators choose their own side).
+
+        Args:
+            vision, text: Hub ids or folders.
+            kwargs: arguments of this class, and of transformers for the Hub (`cache_dir`, `revision`, `token`, ...).
         """
-        config = AutoConfig.from_pretrained(vision)
+        hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
+        config = AutoConfig.from_pretrained(vision, **hub)
         config = getattr(config, "vision_config", config)
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer = AutoTokenizer.from_pretrained(text, **hub)
         tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         try:
-            image_processor = AutoImageProcessor.from_pretrained(vision)
+            image_processor = AutoImageProcessor.from_pretrained(vision, **hub)
         except OSError:  # a folder of weights alone
             image_processor = siglip_image_processor(config.image_size)
         num_image_tokens = (config.image_size // config.patch_size) ** 2
@@ -163,9 +181,8 @@ class PrefixVLMProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, return_labels: bool = False, **kwargs) -> BatchFeature:
         """Prepares images and raw text.
 
-        `image_token` in the text marks the place of one image. If a text does not have exactly one per image, its images go
-        in front, and the image tokens in it are kept as typed words. Turn tokens are left alone, since rendered
-        conversations are passed here too; `apply_chat_template` guards against typed ones.
+        `image_token` in a text marks the place of one image; the images of a text without any go in front. Other control
+        tokens in it are control tokens, too, since rendered conversations are passed here; `as_typed` makes words of them.
 
         Args:
             images: one image, a list (distributed to the texts in order), or a list of lists, one for each text; in any
@@ -173,30 +190,39 @@ class PrefixVLMProcessor(ProcessorMixin):
             text: one text or a list.
             return_labels: also return labels, the ids of all text tokens, -100 at images and padding.
             kwargs: those of the tokenizer and the image processor (`padding`, `return_tensors`, ...), also by modality
-                (`text_kwargs`, `images_kwargs`).
+                (`text_kwargs`, `images_kwargs`). As in transformers, defaults are those stored with the tokenizer.
 
         Returns:
             `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if requested; one
-            text gives a batch of one, as with the processors of transformers.
+            text gives a batch of one, as with the processors of transformers. `return_mm_token_type_ids` adds
+            `mm_token_type_ids` (B, T), 1 at images.
 
         Raises:
-            ValueError: for an unusable image, images that cannot be distributed to the texts, or a `max_length` that would
-                cut through an image.
+            ValueError: for an unusable image, a text with image tokens but not one for each of its images, a `max_length`
+                that would cut through an image, or an argument that is given twice with different values.
+            TypeError: for an argument that has no effect here.
         """
         if images is None and text is None:
             raise ValueError("Give the processor images, text or both.")
         text_kwargs, image_kwargs, unknown = self._sorted_kwargs(kwargs)
         # evaluation suites pass lists of videos and audios to every processor, even empty ones
-        if unused := [name for name, value in unknown.items() if not (value is None or value == [])]:
+        if unused := [name for name, value in unknown.items() if not _is_nothing(value)]:
             raise TypeError(f"The processor does not take the argument(s) {', '.join(unused)}; leave them out.")
         if text is None:
-            return self._image_features(images, image_kwargs)
+            return self._image_features(images, image_kwargs, text_kwargs.get("return_tensors"))
         texts = [text] if isinstance(text, str) else list(text)
-        groups = self._images_by_text(images, texts)
-        texts = [self._with_images(sample, len(group)) for sample, group in zip(texts, groups, strict=True)]
+        if not all(isinstance(sample, str) for sample in texts):
+            raise TypeError("`text` must be a string or a list of strings.")
+        control_tokens = self._control_tokens()
+        counts = [control_tokens.count_images(sample) for sample in texts]
+        groups = self._images_by_text(images, counts)
         bos = self.tokenizer.bos_token
         if bos and texts and texts[0].startswith(bos):  # rendered already, with all its special tokens
             text_kwargs["add_special_tokens"] = False
+        for index, (sample, count, group) in enumerate(zip(texts, counts, groups, strict=True)):
+            if not count:
+                start = bos if bos and sample.startswith(bos) else ""
+                texts[index] = start + self.image_token * len(group) + sample.removeprefix(start)
         samples = [[(sample, True)] for sample in texts]
         return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
 
@@ -209,11 +235,14 @@ class PrefixVLMProcessor(ProcessorMixin):
         return_labels: bool = False,
         return_assistant_tokens_mask: bool = False,
         processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool = True,
         **kwargs,
     ):
         """Renders conversations with images and, with `tokenize`, tokenizes them.
 
-        Control tokens typed by a user are kept as words, so that they can neither insert an image nor end a turn.
+        Control tokens in the messages are words, to the letter, so that nothing typed can insert an image or end a turn.
+        Only the template writes control tokens. In a rendered text, an invisible mark tells them apart; `__call__` and
+        `text_ids` read it, but the tokenizer alone does not.
 
         Args:
             conversation: messages `{"role": ..., "content": text or parts}`, or a list of such conversations. An image part
@@ -224,38 +253,64 @@ class PrefixVLMProcessor(ProcessorMixin):
             return_assistant_tokens_mask: also return `assistant_masks`, the same positions as a mask of 0 and 1.
             processor_kwargs, kwargs: arguments of the tokenizer and the image processor; all others go to the
                 template (`add_generation_prompt`, `continue_final_message`, ...).
+            sanitize_control_tokens: as in transformers 5, but always on.
 
         Returns:
             The text, or `input_ids`, or with `return_dict` what `__call__` returns.
 
         Raises:
-            ValueError: as `__call__`; for a message part that is neither text nor image; or if labels are requested with
-                a template that does not mark the answers.
+            ValueError: as `__call__`; for a message part that is neither text nor image; for image parts that are not one
+                for each image; or if labels are requested with a template that does not mark the answers.
+            TypeError: for an argument that neither the template nor anything else uses.
         """
-        text_kwargs, image_kwargs, template_kwargs = self._sorted_kwargs({**kwargs, **(processor_kwargs or {})})
+        text_kwargs, image_kwargs, template_kwargs = self._sorted_kwargs(kwargs, processor_kwargs or {})
         images = template_kwargs.pop("images", None)
         chat_template = chat_template or self.chat_template
         marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
         with_labels = return_labels or return_assistant_tokens_mask
+        if with_labels and not (tokenize and return_dict):
+            raise ValueError("Labels and masks of the answers need tokenize=True and return_dict=True.")
         if with_labels and not marks_answers:
             raise ValueError("This chat template does not mark the answers with {% generation %}; add it to get labels.")
         if template_kwargs.get("continue_final_message") and template_kwargs.get("add_generation_prompt"):
             raise ValueError("Either continue the final message or add a generation prompt, not both.")
+        if not sanitize_control_tokens:
+            raise ValueError("Control tokens that are typed always stay words; leave out sanitize_control_tokens=False.")
+        if text_kwargs.get("add_special_tokens"):
+            raise ValueError("The chat template writes the special tokens itself; leave out add_special_tokens=True.")
+        if not tokenize and (images is not None or text_kwargs or image_kwargs):
+            unused = [*text_kwargs, *image_kwargs, *([] if images is None else ["images"])]
+            raise ValueError(f"Without tokenize=True, {', '.join(unused)} would have no effect; leave it out.")
+        for name, value in template_kwargs.items():
+            is_used = name in RENDERING_KWARGS or re.search(rf"\b{re.escape(name)}\b", chat_template)
+            if not is_used and value is not False and not _is_nothing(value):
+                raise TypeError(f"Neither the processor nor the chat template uses the argument {name}; leave it out.")
         alone = not (conversation and isinstance(conversation[0], list | tuple))
-        cleaned = [self._clean(messages) for messages in ([conversation] if alone else conversation)]
+        control_tokens = self._control_tokens()
+        cleaned = [_clean(messages, control_tokens.escape) for messages in ([conversation] if alone else conversation)]
+        special_tokens = self.tokenizer.special_tokens_map
+        for name in template_kwargs.keys() - special_tokens.keys():
+            template_kwargs[name] = _with_texts(template_kwargs[name], control_tokens.escape)
         texts, spans = render_jinja_template(
             conversations=[messages for messages, _ in cleaned],
             chat_template=chat_template,
             return_assistant_tokens_mask=marks_answers,
-            **{**self.tokenizer.special_tokens_map, **template_kwargs},
+            **{**special_tokens, **template_kwargs},
         )
+        groups = [[source for source in sources if source is not None] for _, sources in cleaned]
+        for number, (text, (_, sources)) in enumerate(zip(texts, cleaned, strict=True), start=1):
+            written = control_tokens.count_images(text)
+            if written < len(sources):
+                raise ValueError(
+                    f"Conversation {number} has {len(sources)} image(s), but the chat template wrote {written} "
+                    f"{self.image_token} token(s); use one that writes a token for each image."
+                )
         if not tokenize:
             return texts[0] if alone else texts
-        groups = [sources for _, sources in cleaned]
         if images is not None:
             if any(groups):
                 raise ValueError("Images are given both in the messages and as `images`; choose one.")
-            groups = self._images_by_text(images, texts)
+            groups = self._images_by_text(images, [control_tokens.count_images(text) for text in texts])
         text_kwargs["add_special_tokens"] = False
         samples = [_split(text, answers) for text, answers in zip(texts, spans or [[]] * len(texts), strict=True)]
         encoded = self._encode(samples, groups, text_kwargs, image_kwargs, with_labels)
@@ -264,107 +319,105 @@ class PrefixVLMProcessor(ProcessorMixin):
             encoded["assistant_masks"] = _is_supervised(labels)
         return encoded if return_dict else encoded["input_ids"]
 
-    def _clean(self, messages):
-        """A copy of a conversation with typed control tokens neutralised, and its images in the template's order."""
-        cleaned, images = [], []
-        for message in messages:
-            content = message.get("content") or ""
-            if isinstance(content, str):
-                content = self.as_typed(content)
-            else:
-                content = self._clean_parts(content)
-                sources = [_image_source(part) for part in content if part["type"] in IMAGE_PARTS]
-                images += [source for source in sources if source is not None]
-            cleaned.append({**message, "content": content})
-        return cleaned, images
-
-    def _clean_parts(self, parts: list[dict]) -> list[dict]:
-        cleaned, before = [], ""
-        for part in parts:
-            kind = part.get("type")
-            if kind == "text":
-                text = self.as_typed(part.get("text") or "")
-                if before and self.as_typed(before + text) != before + text:  # a token split across two parts
-                    text = " " + text
-                before += text
-                part = {"type": "text", "text": text}
-            elif kind not in IMAGE_PARTS:
-                raise ValueError(f"A message part is of type {kind!r}; only text and image parts can be read.")
-            cleaned.append(part)
-        return cleaned
-
     def as_typed(self, text: str) -> str:
-        """The text with its control tokens broken up into plain words."""
-        for token in (self.image_token, TURN_START_TOKEN, TURN_END_TOKEN):
-            text = _broken_up(text, token)
-        return text
+        """Text whose control tokens are words when the processor reads it, also as a part of a longer text."""
+        return self._control_tokens().escape(text)
 
-    def _with_images(self, text: str, images: int) -> str:
-        """A raw text with one image token for each of its images."""
-        if text.count(self.image_token) == images:
-            return text
-        bos = self.tokenizer.bos_token
-        start = bos if bos and text.startswith(bos) else ""
-        return start + self.image_token * images + _broken_up(text.removeprefix(start), self.image_token)
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a rendered conversation, each image one token."""
+        return self._control_tokens().encode([text])[0]
 
-    def _sorted_kwargs(self, kwargs: dict) -> tuple[dict, dict, dict]:
-        """Arguments for the tokenizer, for the image processor, and for neither."""
-        common = kwargs.pop("common_kwargs", None) or {}
-        text_kwargs = {**common, **(kwargs.pop("text_kwargs", None) or {})}
-        image_kwargs = {**common, **(kwargs.pop("images_kwargs", None) or {})}
-        others = {}
-        for name, value in kwargs.items():
-            if name == "return_tensors" or name in TEXT_KWARGS:
-                text_kwargs[name] = value
-            elif name in IMAGE_KWARGS:
-                image_kwargs[name] = value
-            else:
+    def _control_tokens(self) -> ControlTokens:
+        if self._control is None or not self._control.are_those_of(self.tokenizer):
+            self._control = ControlTokens(self.tokenizer, self.image_token)
+        return self._control
+
+    def _sorted_kwargs(self, *given: dict) -> tuple[dict, dict, dict]:
+        """Arguments for the tokenizer, for the image processor, and for neither.
+
+        Raises:
+            ValueError: for an argument that is given twice, with different values.
+            TypeError: for one that would have no effect.
+        """
+        merged: dict[str, Any] = {}
+        for kwargs in given:
+            flat = {name: value for name, value in kwargs.items() if name not in KWARGS_GROUPS}
+            for group in (flat, *(kwargs.get(name) or {} for name in KWARGS_GROUPS)):
+                for name, value in group.items():
+                    if merged.get(name) is None:
+                        merged[name] = value
+                    elif value is not None and repr(value) != repr(merged[name]):
+                        raise ValueError(f"{name} is given twice, as {merged[name]!r} and as {value!r}; give it once.")
+        text_kwargs, image_kwargs, others = {}, {}, {}
+        known = _parameters(self.image_processor)
+        for name, value in merged.items():
+            if name not in TEXT_KWARGS and name not in IMAGE_KWARGS | known:
                 others[name] = value
-        image_kwargs["return_tensors"] = text_kwargs.pop("return_tensors", None) or image_kwargs.get("return_tensors")
+            elif value is not None:
+                (text_kwargs if name in TEXT_KWARGS else image_kwargs)[name] = value
+        refused = [name for name, value in text_kwargs.items() if value and name not in USED_TEXT_KWARGS]
+        # `load_image` has found the channels already, and the model reads RGB
+        refused += image_kwargs.keys() - known | image_kwargs.keys() & {"input_data_format"}
+        refused += ["do_convert_rgb"] * (image_kwargs.get("do_convert_rgb") is False)
+        if refused:
+            raise TypeError(f"The processor cannot use the argument(s) {', '.join(sorted(refused))}; leave them out.")
         return text_kwargs, image_kwargs, others
 
-    def _images_by_text(self, images, texts: list[str]) -> list[list]:
+    def _stored_kwargs(self) -> dict:
+        """The arguments that the tokenizer was made with, which are defaults here as in transformers' processors."""
+        stored = self.tokenizer.init_kwargs
+        kwargs = {name: getattr(self.tokenizer, name, stored[name]) for name in TEXT_KWARGS & stored.keys()}
+        # a stride does nothing without what it is for
+        if unused := [name for name in kwargs.keys() - USED_TEXT_KWARGS - {"stride"} if kwargs[name]]:
+            raise TypeError(
+                f"The tokenizer was made with {', '.join(unused)}, which the processor cannot use; load it without."
+            )
+        return {name: value for name, value in kwargs.items() if value is not None}
+
+    def _images_by_text(self, images, counts: list[int]) -> list[list]:
+        """The images of each text; `counts` are its image tokens."""
         images = [] if images is None else _as_list(images)
-        if not images:
-            return [[] for _ in texts]
-        if all(isinstance(group, list | tuple) for group in images):
-            if len(images) != len(texts):
+        if images and all(isinstance(group, list | tuple) for group in images):
+            if len(images) != len(counts):
                 raise ValueError(
-                    f"There are {len(texts)} texts, but {len(images)} groups of images; give one group per text."
+                    f"There are {len(counts)} texts, but {len(images)} groups of images; give one group per text."
                 )
             return [list(group) for group in images]
-        if len(texts) == 1:
+        if len(counts) == 1:
             return [images]
-        counts = [text.count(self.image_token) for text in texts]
         if sum(counts) != len(images):
-            if len(images) != len(texts):
+            if len(images) != len(counts):
                 raise ValueError(
-                    f"{len(images)} images cannot be distributed to {len(texts)} texts; give a list of images per text."
+                    f"{len(images)} images cannot be distributed to {len(counts)} texts with {sum(counts)} "
+                    f"{self.image_token} token(s); give one image per token, or a list of images per text."
                 )
-            counts = [1] * len(texts)
+            counts = [1] * len(counts)
         left = iter(images)
         return [[next(left) for _ in range(count)] for count in counts]
 
-    def _image_features(self, images, image_kwargs: dict) -> BatchFeature:
+    def _image_features(self, images, image_kwargs: dict, return_tensors) -> BatchFeature:
         """The pixels of one image, a list, or a list of lists."""
         images = [image for group in _as_list(images) for image in _as_list(group)]
         if not images:
             raise ValueError("The list of images is empty; give at least one image.")
         images = [load_image(image, f"image {index + 1} of {len(images)}") for index, image in enumerate(images)]
-        return self.image_processor([_rows_repeated(image) for image in images], **image_kwargs)
+        return self.image_processor(
+            [_rows_repeated(image) for image in images], return_tensors=return_tensors, **image_kwargs
+        )
 
     def _encode(self, samples, groups, text_kwargs: dict, image_kwargs: dict, with_labels: bool) -> BatchFeature:
         """Tokenizes samples of (text, supervised) pieces, pads them and adds the images.
 
         The pieces of a sample are tokenized one by one, so that no token spans the boundary of an answer.
         """
-        truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
-        max_length: Any = text_kwargs.get("max_length")
-        if truncation and max_length is None:
-            max_length = self.tokenizer.model_max_length
-        pieces = [piece for sample in samples for piece, _ in sample]
-        special = text_kwargs.get("add_special_tokens", True)
-        piece_ids = iter(self.tokenizer(pieces, add_special_tokens=special)["input_ids"] if pieces else [])
+        text_kwargs = {**self._stored_kwargs(), **text_kwargs}
+        limit = self._limit(text_kwargs)
+        pieces = self._control_tokens().encode(
+            [piece for sample in samples for piece, _ in sample],
+            add_special_tokens=text_kwargs.get("add_special_tokens", True),
+            verbose=text_kwargs.get("verbose", True),
+        )
+        piece_ids = iter(pieces)
         rows, labels = [], []
         for number, (sample, group) in enumerate(zip(samples, groups, strict=True), start=1):
             ids, targets = [], []
@@ -380,29 +433,50 @@ class PrefixVLMProcessor(ProcessorMixin):
                     f"Text {number} has {found // self.num_image_tokens} {self.image_token} token(s) but {len(group)} "
                     "image(s); give one image per token."
                 )
-            if truncation and len(ids) > max_length:
-                kept = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
+            if limit is not None and len(ids) > limit:
+                kept = slice(len(ids) - limit, None) if self.tokenizer.truncation_side == "left" else slice(limit)
                 ids, targets = ids[kept], targets[kept]
                 if ids.count(self.image_token_id) != needed:
                     raise ValueError(
-                        f"max_length={max_length} would cut through the {needed} image tokens of text {number}; raise it."
+                        f"max_length={limit} would cut through the {needed} image tokens of text {number}; raise it."
                     )
             rows.append(ids)
             labels.append(targets)
         width = _padded_width(
-            [len(row) for row in rows], text_kwargs.get("padding"), max_length, text_kwargs.get("pad_to_multiple_of")
+            [len(row) for row in rows],
+            text_kwargs.get("padding"),
+            text_kwargs.get("max_length"),
+            text_kwargs.get("pad_to_multiple_of"),
         )
         left = (text_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
         pad_token_id = self.tokenizer.pad_token_id
-        data = {
-            "input_ids": _pad(rows, width, pad_token_id if pad_token_id is not None else 0, left),
-            "attention_mask": _pad([[1] * len(row) for row in rows], width, 0, left),
-        }
+        data = {"input_ids": _pad(rows, width, pad_token_id if pad_token_id is not None else 0, left)}
+        if text_kwargs.get("return_attention_mask", True):
+            data["attention_mask"] = _pad([[1] * len(row) for row in rows], width, 0, left)
+        if text_kwargs.get("return_mm_token_type_ids"):
+            is_image = [[int(token == self.image_token_id) for token in row] for row in rows]
+            data["mm_token_type_ids"] = _pad(is_image, width, 0, left)
         if with_labels:
             data["labels"] = _pad(labels, width, IGNORE_INDEX, left)
+        return_tensors = text_kwargs.get("return_tensors")
         if any(groups):
-            data.update(self._image_features(groups, image_kwargs))
-        return BatchFeature(data=data, tensor_type=image_kwargs["return_tensors"])
+            data.update(self._image_features(groups, image_kwargs, return_tensors))
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _limit(self, text_kwargs: dict) -> int | None:
+        """The most tokens of a text, `None` if it is not cut."""
+        truncation, max_length = text_kwargs.get("truncation"), text_kwargs.get("max_length")
+        if truncation is None and max_length is not None and not text_kwargs.get("padding"):
+            logger.warning_once(
+                "max_length without truncation or padding cuts longer texts, as in transformers' tokenizers."
+            )
+            truncation = True
+        strategy = TruncationStrategy("longest_first" if truncation is True else truncation or "do_not_truncate")
+        if strategy == TruncationStrategy.ONLY_SECOND:
+            raise ValueError("truncation='only_second' is for pairs of texts; the processor takes single ones.")
+        if strategy == TruncationStrategy.DO_NOT_TRUNCATE:
+            return None
+        return self.tokenizer.model_max_length if max_length is None else max_length
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
         """Writes image processor, tokenizer, chat template, and the code that loads them without this package."""
@@ -439,8 +513,47 @@ def _image_source(part: dict):
     return next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
 
 
-def _broken_up(text: str, token: str) -> str:
-    return text.replace(token, f"{token[0]} {token[1:]}")
+def _clean(messages, as_typed: Callable) -> tuple[list[dict], list]:
+    """A copy of a conversation with its texts as typed, and its images in order, `None` for a placeholder."""
+    cleaned, images = [], []
+    for message in messages:
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            images += [_image_source(part) for part in content if part.get("type") in IMAGE_PARTS]
+            content = [_readable(part) for part in content]
+        cleaned.append(_with_texts({**message, "content": content}, as_typed))
+    return cleaned, images
+
+
+def _with_texts(value, change: Callable):
+    """A copy of a value of any kind with its texts changed; image parts stay as they are."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return [_with_texts(one, change) for one in value]
+    if isinstance(value, dict) and value.get("type") not in IMAGE_PARTS:
+        return {name: _with_texts(one, change) for name, one in value.items()}
+    return value
+
+
+def _readable(part: dict) -> dict:
+    """A message part, without the keys that a column of `datasets` adds to every text."""
+    if part.get("type") == "text":
+        return {"type": "text", "text": part.get("text") or ""}
+    if part.get("type") not in IMAGE_PARTS:
+        raise ValueError(f"A message part is of type {part.get('type')!r}; only text and image parts can be read.")
+    return part
+
+
+def _is_nothing(value) -> bool:
+    return value is None or (isinstance(value, list | tuple | dict) and not value)
+
+
+def _parameters(image_processor) -> set[str]:
+    """The names of the arguments that an image processor uses."""
+    named = inspect.signature(getattr(image_processor, "preprocess", image_processor)).parameters.values()
+    names = {one.name for one in named if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)} - {"images"}
+    return names | set(getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", ()))
 
 
 def _is_supervised(labels):

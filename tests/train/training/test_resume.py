@@ -182,6 +182,17 @@ def test_a_run_that_ends_between_two_stages_goes_on_in_the_next(tmp_path, kind):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_adapters_on_a_quantised_model_resume_bit_for_bit(tmp_path, monkeypatch, kind):
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    path, quantize = write_recipe(tmp_path, lora=True), f"lora.quantize={kind}"
+    run_recipe(load_recipe(path, [quantize, f"output={tmp_path / 'whole'}"]), [0])
+    stopped_run(load_recipe(path, [quantize]), monkeypatch, step=4)
+    run_recipe(load_recipe(path, [quantize]), [0], resume=True)
+    found, expected = (load_file(tmp_path / name / "stage-0" / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_overwrite_begins_anew(tmp_path, monkeypatch):
     path = write_recipe(tmp_path)
     stopped_run(load_recipe(path), monkeypatch, step=3)

@@ -137,7 +137,7 @@ def test_a_finished_stage_keeps_its_checkpoints_as_models(recipe, tmp_path):
     left = {path.name for path in checkpoint.iterdir()}
     assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"}
     assert {"model.safetensors", "config.json", "modeling_prefix_vlm.py", "tokenizer.json"} <= left
-    load(str(checkpoint))
+    assert load(str(checkpoint))[0].config.attention_mode == "bidirectional"
 
 
 def test_random_weights_for_a_whole_model_are_refused(recipe):

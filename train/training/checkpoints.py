@@ -79,7 +79,7 @@ def seal(checkpoint: Path) -> None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written completely and has not been truncated since."""
     try:
-        noted = json.loads((checkpoint / MANIFEST).read_text())
+        noted = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return noted == _sizes(checkpoint)

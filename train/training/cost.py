@@ -3,7 +3,8 @@
 Shapes: T tokens of a sample, P image tokens, D width.
 """
 
-import resource
+import re
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch import nn
 from prefixvlm.modeling_vlm.cpu_prefix_vlm import product_dtype
 from prefixvlm.train.recipes.stages import MODULES
 
-# dense bfloat16 rates from the vendors' data sheets, in FLOP/s; the first name found in the device's is taken
+# dense bfloat16 rates from the vendors' data sheets, in FLOP/s
 PEAK_RATES = {
     "B200": 2250e12,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -110,13 +112,24 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((rate for known, rate in PEAK_RATES.items() if known in name), None)
+        return PEAK_RATES.get(_product(name))
     if device.type != "cpu":
         return None
     square = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=torch.Generator().manual_seed(0))
     square = square.to(product_dtype(dtype, device))
     fastest = min(_seconds(square, square) for _ in range(GEMM_REPEATS))
     return 2 * GEMM_SIZE**3 / fastest
+
+
+def _product(name: str) -> str:
+    """A GPU's name without the vendor, the memory and the socket, which change nothing: NVIDIA A100-SXM4-40GB is an A100.
+
+    Anything else is part of the name: an A4000 is no A40, and a laptop's RTX 4090 or a slice of an H100 is slower.
+    """
+    words = name.replace("-", " ").split()
+    kept = [word for word in words if not re.fullmatch(r"NVIDIA|Tesla|GeForce|\d+GB?|SXM\d*|HBM3e?", word, re.IGNORECASE)]
+    # of the H100 alone the card is slower than the module
+    return " ".join(word for word in kept if kept[0] == "H100" or word.upper() != "PCIE")
 
 
 def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -130,10 +143,18 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where the other figure starts with that of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux, where the other figure starts with that of the process that started this one
+    said = status.read_text(encoding="utf-8") if status.is_file() else ""
+    if found := re.search(r"^VmHWM:\s*(\d+) kB", said, re.MULTILINE):
+        return int(found[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def gradient_norms(named_parameters: Iterable, module_of) -> dict[str, float]:

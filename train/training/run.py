@@ -193,7 +193,7 @@ def _settings(recipe: Recipe, number: int, samples, random_init: bool) -> dict:
 
 def _refuse_another_run(folder: Path, settings: dict) -> None:
     try:
-        old = json.loads((folder / RECORD).read_text())["settings"]
+        old = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} cannot be resumed: its {RECORD} cannot be read; remove the folder.") from error
     settings = json.loads(json.dumps(settings))
@@ -346,7 +346,7 @@ def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str
     (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
     if merge and trainer.is_world_process_zero():
         # into the weights of the folder, which are not quantised
-        base, processor = load_start(start, recipe.model.dtype)
+        base, processor = load_start(str(start), recipe.model.dtype)
         lora.merged(saved, base).save_pretrained(folder)
         processor.save_pretrained(folder)
     return None if recipe.lora or trainer.is_sharded else model

@@ -133,6 +133,8 @@ def merge(adapter: str, output: str, base: str | None = None, dtype: str | None 
         raise ValueError(f"{adapter} holds no adapter: it has no {ADAPTER_CONFIG}{hint}.")
     try:
         base = base or base_of_adapter(folder)
+        if base is None:
+            raise ValueError("a config.json beside the adapter says that the folder is a whole model")
         if (Path(base) / ADAPTER_CONFIG).is_file():
             raise ValueError(f"{base} is an adapter too; merge that first")
         model, processor = load(base, dtype or _dtype_of(base))

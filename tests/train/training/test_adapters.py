@@ -388,6 +388,7 @@ def change(key: str, value):
             "does not say which model the adapter was trained on); name it with --base",
         ),
         (lambda folder: change("base_model_name_or_path", str(folder))(folder), "is an adapter too; merge that first"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "says that the folder is a whole model); name it with"),
     ],
 )
 def test_merge_says_what_is_wrong_with_an_adapter(trained, tmp_path, damage, says, capsys):

@@ -210,7 +210,7 @@ class PrefixVLMProcessor(ProcessorMixin):
             raise TypeError(f"The processor does not take the argument(s) {', '.join(unused)}; leave them out.")
         if text is None:
             return self._image_features(images, image_kwargs, text_kwargs.get("return_tensors"))
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = list(text) if hasattr(text, "__iter__") and not isinstance(text, str) else [text]
         if not all(isinstance(sample, str) for sample in texts):
             raise TypeError("`text` must be a string or a list of strings.")
         control_tokens = self._control_tokens()

@@ -4,7 +4,10 @@ import base64
 import io
 import struct
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from tiny import tiny_processor
 from prefixvlm.processing.images_prefix_vlm import load_image
 
 ORIENTATION = 0x0112  # the EXIF tag
+ODD = Path(__file__).resolve().parents[2].parent / "shared" / "cases" / "data" / "odd"
 GREYS = np.linspace(0, 255, 12 * 8).reshape(8, 12).round().astype(np.uint8)
 
 
@@ -110,6 +114,152 @@ def test_other_deep_greys():
     assert_same(load_image(Image.new("I", (2, 2), -5)), [[0, 0]] * 2)
 
 
+def stretched(values) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    return (values - values.min()) / (values.max() - values.min()) * 255
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+DEEP = {  # pictures of more than 8 bits, and the grey levels that must come of them
+    "12 bits": (RAMP * 4095, stretched(RAMP)),
+    "12 bits, a dark part": (100 + RAMP * 400, stretched(RAMP)),
+    "reflectance of 0 to 10000": (RAMP * 10000, stretched(RAMP)),
+    "just below the upper half": (RAMP * 32767, stretched(RAMP)),
+    "the upper half": (RAMP * 32768, RAMP * 32768 / 257),
+    "all of 16 bits": (RAMP * 65535, RAMP * 255),
+    "few counts": (RAMP * 63, stretched(RAMP)),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_greys_keep_their_contrast_in_every_type(name, tmp_path):
+    values, expected = np.rint(DEEP[name][0]), DEEP[name][1]
+    shorts = values.astype(np.uint16)
+    forms = [shorts, values.astype(np.int32), values.astype(np.uint32), torch.from_numpy(values.astype(np.int32))]
+    forms += [Image.fromarray(shorts), Image.fromarray(values.astype(np.int32))]
+    forms += [Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes()), shorts[None], shorts[..., None]]
+    for kind in ("PNG", "TIFF"):
+        Image.fromarray(shorts).save(tmp_path / f"deep.{kind}", kind)
+        forms.append(tmp_path / f"deep.{kind}")
+    first = load_image(forms[0])
+    assert_same(first, expected, tolerance=2)
+    for form in forms:
+        assert_same(load_image(form), first)
+    if values.max() < 2**15:
+        assert_same(load_image(values.astype(np.int16)), first)
+    if values.max() > 255:
+        assert_same(load_image(values.astype(np.int64)), first)
+
+
+def test_negative_values_are_stretched():
+    hounsfield = np.rint(-1000 + RAMP * 3000).astype(np.int32)
+    for values in (hounsfield, hounsfield.astype(np.int16), hounsfield.astype(np.float32), Image.fromarray(hounsfield)):
+        assert_same(load_image(values), stretched(RAMP), tolerance=1)
+    assert_same(load_image(torch.from_numpy(RAMP * 2 - 1).bfloat16()), stretched(RAMP), tolerance=1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, RAMP * 255),
+        (0, 0.5, RAMP * 127.5),
+        (0, 255, RAMP * 255),
+        (0, 60, RAMP * 60),
+        (0, 300, stretched(RAMP)),
+        (270, 330, stretched(RAMP)),
+        (-0.2, 1.1, stretched(RAMP)),
+        (0, 1.2, stretched(RAMP)),
+        (0, 4095, stretched(RAMP)),
+    ],
+)
+def test_floating_point(low, high, expected):
+    values = low + RAMP * (high - low)
+    forms = [values, values.astype(np.float32), torch.from_numpy(values), Image.fromarray(values.astype(np.float32))]
+    for form in forms:
+        assert_same(load_image(form), expected, tolerance=1)
+
+
+def test_colours_of_more_than_8_bits_are_scaled_together():
+    colours_of_12_bits = np.zeros((8, 8, 3), np.uint16)
+    colours_of_12_bits[..., 0], colours_of_12_bits[..., 1] = RAMP * 4095, RAMP * 2000
+    expected = np.dstack([RAMP * 255, RAMP * 2000 / 4095 * 255, RAMP * 0])
+    for values in (
+        colours_of_12_bits,
+        colours_of_12_bits.astype(np.int32),
+        torch.from_numpy(colours_of_12_bits).movedim(2, 0),
+    ):
+        assert_same(load_image(values), expected, tolerance=1)
+    for opaque in (4095, 65535):
+        alpha = np.full((8, 8, 1), opaque, np.uint16)
+        assert_same(load_image(np.concatenate([colours_of_12_bits, alpha], axis=2)), expected, tolerance=1)
+    # and those of 8 bits stay as they are in any type
+    dark = np.asarray(colours()) // 4
+    for kind in (np.uint8, np.uint16, np.int32, np.int64, np.float32):
+        assert_same(load_image(dark.astype(kind)), dark)
+
+
+@pytest.mark.parametrize("value", [0, 1, 255, 300, 4095, 65535, -5, 0.5, 2.5, 1000.5])
+def test_constant_pictures_are_constant(value):
+    for kind in (np.float32, np.int32) if value == int(value) else (np.float32,):
+        found = np.asarray(load_image(np.full((4, 4), value, kind)))
+        assert found.min() == found.max()
+
+
+def test_extreme_values_are_no_overflow():
+    for kind in (np.int32, np.int64, np.uint32, np.uint64):
+        limits = np.iinfo(kind)
+        assert_same(load_image(np.array([[limits.min, limits.max]], kind)), [[0, 255]])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused(bad):
+    values = RAMP.astype(np.float32)
+    values[3, 3] = bad
+    for source in (values, torch.from_numpy(values), Image.fromarray(values)):
+        assert "values that are NaN or infinite" in error_of(source)
+
+
+def test_stretching_is_said_once(caplog):
+    load_image.__globals__["logger"].warning_once.cache_clear()
+    for factor in (1000, 2000):
+        load_image((RAMP * factor).astype(np.uint16))
+        load_image(RAMP * -factor)
+    assert [record.getMessage() for record in caplog.records if "lowest value becomes black" in record.getMessage()] != []
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", ["ct_int32.tif", "dicom12bit.png", "sentinel2_band.tif"])
+def test_pictures_from_elsewhere(name):
+    path = ODD / name
+    if not path.is_file():
+        pytest.skip(f"there is no {path}")
+    found = np.asarray(load_image(path))
+    assert (found.min(), found.max()) == (0, 255)
+    assert len(np.unique(found)) > min(20, len(np.unique(np.asarray(Image.open(path)))) - 1)
+
+
+def test_the_first_page_of_several(tmp_path):
+    pages = [Image.fromarray((RAMP * factor).astype(np.uint16)) for factor in (4095, 100)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    assert_same(load_image(tmp_path / "pages.tif"), stretched(RAMP), tolerance=1)
+
+
+def test_a_url_gives_the_picture_of_its_file(tmp_path, monkeypatch):
+    """Not what a library makes of it: 16 bits, transparent parts and damaged EXIF come out as from the disk."""
+    monkeypatch.setenv("no_proxy", "*")
+    Image.fromarray((RAMP * 4095).astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (4, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    (tmp_path / "damaged.jpg").write_bytes(encoded(colours(), "JPEG", exif=b"Exif\0\0garbage"))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for path in tmp_path.iterdir():
+            assert_same(load_image(f"{address}/{path.name}"), load_image(path))
+        assert error_of(f"{address}/gone.png").startswith(f"{address}/gone.png cannot be read as an image (HTTP Error 404")
+        server.shutdown()
+
+
 # of each EXIF orientation: the sides of the upright picture that the first row and column of the file hold
 SIDES = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left"}
 SIDES |= {5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}
@@ -130,10 +280,23 @@ def test_exif_turns_the_picture_upright(orientation, tmp_path):
         assert_same(load_image(source), upright, tolerance=4)
 
 
+TURNED = b"MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # to the right; a second entry is missing
+DAMAGED = [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x05\x01\x12", TURNED, TURNED + b"\xff" * 12]
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x05\x01\x12"])
-def test_damaged_exif_does_not_cost_the_picture(exif):
-    assert_same(load_image(encoded(colours(), "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + exif)), colours(), 60)
+@pytest.mark.parametrize("exif", DAMAGED)
+def test_damaged_exif_does_not_cost_the_picture(exif, tmp_path):
+    raw = encoded(colours(), "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + exif)
+    path = tmp_path / "damaged.jpg"
+    path.write_bytes(raw)
+    expected = load_image(path)
+    assert_same(expected, colours().rotate(-90, expand=True) if exif.startswith(TURNED) else colours(), 60)
+    opened = Image.open(path)
+    decoded = Image.open(io.BytesIO(raw))
+    decoded.load()
+    for source in (raw, opened, opened, decoded, opened.copy(), opened.convert("RGB"), opened.convert("RGBA")):
+        assert_same(load_image(source), expected)
 
 
 def test_forms_of_the_same_picture(tmp_path):

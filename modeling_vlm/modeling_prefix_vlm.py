@@ -39,7 +39,14 @@ from .cpu_prefix_vlm import cpu_products, one_token
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 from .positions_prefix_vlm import attention_window, cache_lengths, context, documents, is_empty, positions
-from .tying_prefix_vlm import fill_head, is_tied, is_tied_checkpoint, refuse_to_drop_head, tied_weights_keys
+from .tying_prefix_vlm import (
+    HUB_KWARGS,
+    fill_head,
+    is_tied,
+    is_tied_checkpoint,
+    refuse_to_drop_head,
+    tied_weights_keys,
+)
 
 # what others read from `get_image_features`: on transformers 4 the features themselves, on 5 an output that holds them
 FEATURES_IN_OUTPUT = int(transformers.__version__.partition(".")[0]) >= 5
@@ -528,6 +535,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         vision: str = "google/siglip-so400m-patch14-224",
         text: str = "Qwen/Qwen2.5-0.5B",
         dtype: torch.dtype = torch.float32,
+        device_map=None,
         **config,
     ) -> "PrefixVLMForConditionalGeneration":
         """Joins two pretrained backbones with a new projector.
@@ -536,22 +544,28 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             vision: Hub id or folder of a SigLIP, SigLIP 2 or CLIP-like model (of a two-tower model, the image tower).
             text: Hub id or folder of any decoder that `AutoModelForCausalLM` loads and that obeys a 4D mask.
             dtype: the dtype of all weights.
-            config: fields of `PrefixVLMConfig`, such as `attention_mode` and `projector_hidden_size`.
+            device_map: of the weights of each half, as in transformers; needs accelerate.
+            config: fields of `PrefixVLMConfig`, such as `attention_mode` and `projector_hidden_size`; and arguments of
+                transformers for the Hub (`cache_dir`, `revision`, `token`, ...), which go to both.
 
         Raises:
             ValueError: for a vision model without square patches or with missing weights, or a decoder that ignores the
                 mask or whose head does more than this class supports.
         """
-        vision_config = AutoConfig.from_pretrained(vision)
+        hub = {name: config.pop(name) for name in HUB_KWARGS if name in config}
+        weights = {"dtype": dtype, "output_loading_info": True, **hub}
+        if device_map is not None:
+            weights["device_map"] = device_map
+        vision_config = AutoConfig.from_pretrained(vision, **hub)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         if not isinstance(getattr(vision_config, "image_size", None), int):
             raise ValueError(
                 f"{vision} is a {vision_config.model_type} model without a fixed square image size; choose a "
                 "SigLIP, SigLIP 2 or CLIP model of fixed resolution."
             )
-        text_config = AutoConfig.from_pretrained(text)
+        text_config = AutoConfig.from_pretrained(text, **hub)
         refuse_to_drop_head(text, config.get("tie_word_embeddings"), text_config.tie_word_embeddings)
-        tokenizer = _tokenizer(text)
+        tokenizer = _tokenizer(text, **hub)
         image_token_id = config.pop("image_token_id", None)
         if image_token_id is None:
             image_token_id = _image_token_id(tokenizer, text_config)
@@ -560,14 +574,10 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, dtype=dtype, **config
         )
         vision_class = AutoModel._model_mapping[type(joint.vision_config)]
-        vision_model, report = vision_class.from_pretrained(
-            vision, config=joint.vision_config, dtype=dtype, output_loading_info=True
-        )
+        vision_model, report = vision_class.from_pretrained(vision, config=joint.vision_config, **weights)
         if report["missing_keys"]:
             raise ValueError(f"{vision} lacks weights of the vision encoder: {sorted(report['missing_keys'])[:3]}.")
-        language_model, report = AutoModelForCausalLM.from_pretrained(
-            text, config=joint.text_config, dtype=dtype, output_loading_info=True
-        )
+        language_model, report = AutoModelForCausalLM.from_pretrained(text, config=joint.text_config, **weights)
         if text_config.tie_word_embeddings:
             fill_head(language_model, report["missing_keys"])
         if report["missing_keys"]:
@@ -576,6 +586,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             language_model.resize_token_embeddings(vocabulary, mean_resizing=False)
             joint.text_config.vocab_size = vocabulary
         model = cls(joint, vision_model, language_model).to(dtype).eval()
+        model.projector.to(model.get_input_embeddings().weight.device)
         model._check_decoder(text)
         model.generation_config.eos_token_id = language_model.generation_config.eos_token_id
         if tokenizer is not None:
@@ -799,11 +810,11 @@ def _by(shape) -> str:
     return " x ".join(map(str, shape))
 
 
-def _tokenizer(text: str):
+def _tokenizer(text: str, **hub):
     """A decoder's tokenizer with the conversation tokens added; `None` for a folder of weights alone."""
     if os.path.isdir(text) and not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in os.listdir(text)):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer = AutoTokenizer.from_pretrained(text, **hub)
     tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
     return tokenizer
 

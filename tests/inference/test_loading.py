@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model, tiny_processor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
 
 from prefixvlm import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.inference import environment, loading
@@ -78,3 +79,32 @@ def test_what_may_be_a_hub_id_is_asked_for(name):
 def test_a_folder_without_configuration_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="is not a PrefixVLM"):
         load(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("halves"), tiny_model()
+    model.vision_tower.save_pretrained(folder / "vision") if hasattr(model.vision_tower, "save_pretrained") else (
+        model.vision_tower.vision_model.save_pretrained(folder / "vision")
+    )
+    model.language_model.save_pretrained(folder / "text")
+    tiny_processor().tokenizer.save_pretrained(folder / "text")
+    return str(folder / "vision"), str(folder / "text")
+
+
+def test_transformers_own_options_reach_both_backbones(halves, monkeypatch):
+    seen = {}
+    hub = {"revision": "draft", "token": "secret", "cache_dir": "/tmp/cache"}
+    for owner in (AutoConfig, AutoTokenizer, AutoModelForCausalLM, SiglipVisionModel):
+
+        def from_pretrained(name, real=owner.from_pretrained, of=owner.__name__, **options):
+            seen.setdefault((of, name), options)
+            return real(name, **{key: value for key, value in options.items() if key not in hub})
+
+        monkeypatch.setattr(owner, "from_pretrained", from_pretrained)
+    vision, text = halves
+    PrefixVLMForConditionalGeneration.from_backbones(vision, text, device_map="cpu", **hub)
+    of_weights = [("SiglipVisionModel", vision), ("AutoModelForCausalLM", text)]
+    for call in (("AutoConfig", vision), ("AutoConfig", text), ("AutoTokenizer", text), *of_weights):
+        assert seen[call].items() >= hub.items(), call
+    assert all(seen[call]["device_map"] == "cpu" for call in of_weights)

@@ -19,6 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from prefixvlm.inference.loading import refuse_missing_path
+
 JSON_SUFFIXES = (".json", ".jsonl")
 SPLITS = ("train", "validation", "val", "dev", "test")
 BATCH = 16  # rows of a stream that `datasets` reads at a time
@@ -187,7 +189,7 @@ class TableStream(RowStream):
 
 
 def read_rows(
-    path: str, split: str | None = "train", streaming: bool = False, field: str | None = None
+    path: str, split: str | None = "train", streaming: bool = False, field: str | None = None, **hub: str | None
 ) -> JsonRows | TableRows | RowStream:
     """The rows of a data set.
 
@@ -197,18 +199,26 @@ def read_rows(
         split: of a data set; of JSON rows, those whose key `split` has this value, and those without one. `a+b` is both.
         streaming: read while training.
         field: where in a JSON file the list of rows is.
+        hub: `revision`, `token` and `cache_dir` of a data set on the Hub, as in `datasets`.
 
     Raises:
         ValueError: if there is nothing there, or a file as a whole cannot be read.
     """
     files = _files(path)
+    hub = {name: value for name, value in hub.items() if value is not None}
+    if files and hub:
+        raise ValueError(f"{path} is on this machine; leave out {', '.join(hub)}, which are for data sets on the Hub.")
     if files and files[0].endswith(".jsonl") and streaming:
         return LineStream(files, path, split)
     if files and files[0].endswith(JSON_SUFFIXES):
         rows = JsonRows(files, split, field)
         return ListStream(rows, path, split) if streaming else rows
-    table = _table(path, files, split or "train", streaming)
-    return TableStream(table, path, split) if streaming else TableRows(table, path)
+    table = _table(path, files, split or "train", streaming, hub)
+    return (
+        TableStream(table, "@".join(filter(None, (path, hub.get("revision")))), split)
+        if streaming
+        else TableRows(table, path)
+    )
 
 
 def _assignments(shards: int, reader: int, readers: int) -> Iterator[tuple[int, int, int]]:
@@ -359,6 +369,7 @@ def _files(path: str) -> list[str]:
     elif path.endswith((*JSON_SUFFIXES, ".parquet")):
         files = [path]
     else:
+        refuse_missing_path(path)
         return []
     if missing := [file for file in files if not Path(file).is_file()]:
         raise ValueError(f"{missing[0]}: there is no such file.")
@@ -367,7 +378,7 @@ def _files(path: str) -> list[str]:
     return files
 
 
-def _table(path: str, files: list[str], split: str, streaming: bool):
+def _table(path: str, files: list[str], split: str, streaming: bool, hub: dict):
     import datasets
 
     if Path(path).is_dir():
@@ -376,7 +387,7 @@ def _table(path: str, files: list[str], split: str, streaming: bool):
         if files:
             rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
         else:
-            rows = datasets.load_dataset(path, split=split, streaming=streaming)
+            rows = datasets.load_dataset(path, split=split, streaming=streaming, **hub)
     except Exception as error:  # datasets raises errors of many kinds for data that is not there
         raise ValueError(f"The data set {path} cannot be loaded ({_line(error)}).") from error
     features = rows.features or rows._resolve_features().features

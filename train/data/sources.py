@@ -39,8 +39,16 @@ def load(source: str, **options) -> "Samples | Mixture | Stream | MixedStream":
     except TypeError as error:
         raise ValueError(f"The data source {source} was given wrong options ({error}).") from error
     if not is_stream(samples) and not len(samples):
-        raise ValueError(f"The data source {source} with {options} has no rows.")
+        raise ValueError(f"The data source {source} with {without_token(options)} has no rows.")
     return samples
+
+
+def without_token(options: dict) -> dict:
+    """The settings of a source, or of the parts of a mixture, without the secret that a record must not keep."""
+    shown = {name: value for name, value in options.items() if name != "token"}
+    if isinstance(parts := shown.get("parts"), list):
+        shown["parts"] = [without_token(part) if isinstance(part, dict) else part for part in parts]
+    return shown
 
 
 def is_stream(samples) -> bool:
@@ -190,10 +198,21 @@ class MixedStream:
 
 
 def llava(
-    path: str, images: str | None = None, split: str = "train", streaming: bool = False, shuffle_buffer: int | None = None
+    path: str,
+    images: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    shuffle_buffer: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
 ):
     """Rows of LLaVA's form; see `read_rows` for `path`. Images lie below `images`, by default the folder of `path`."""
-    return _samples(read_rows(path, split, streaming), LlavaForm(_image_folder(path, images)), shuffle_buffer)
+    return _samples(
+        read_rows(path, split, streaming, revision=revision, token=token, cache_dir=cache_dir),
+        LlavaForm(_image_folder(path, images)),
+        shuffle_buffer,
+    )
 
 
 def vqa(
@@ -204,10 +223,15 @@ def vqa(
     question: str = "question",
     answer: str = "answer",
     shuffle_buffer: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
 ):
     """Rows with a question and an answer; `question` and `answer` name their keys."""
     form = VqaForm(_image_folder(path, images), question, answer)
-    return _samples(read_rows(path, split, streaming), form, shuffle_buffer)
+    return _samples(
+        read_rows(path, split, streaming, revision=revision, token=token, cache_dir=cache_dir), form, shuffle_buffer
+    )
 
 
 def captions(
@@ -217,10 +241,15 @@ def captions(
     streaming: bool = False,
     texts: str = "texts",
     shuffle_buffer: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
 ):
     """Rows with an image and its texts; `texts` names their key."""
     form = CaptionsForm(_image_folder(path, images), texts)
-    return _samples(read_rows(path, split, streaming), form, shuffle_buffer)
+    return _samples(
+        read_rows(path, split, streaming, revision=revision, token=token, cache_dir=cache_dir), form, shuffle_buffer
+    )
 
 
 def karpathy(path: str, images: str | None = None, split: str = "train"):

@@ -56,6 +56,7 @@ UNLISTED_FIELDS = frozenset(
     )
 )
 OF_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
+HUB_KEYS = ("revision", "token", "cache_dir")
 MIN_VOCAB_SIZE = 261  # 256 bytes and five special tokens
 MAX_SEED = 2**32 - 1  # numpy's
 
@@ -115,6 +116,7 @@ class ModelRecipe(Checked):
         image_mean, image_std: of red, green and blue, for the image processor of a model with random weights.
         config: further fields of `PrefixVLMConfig`, but for the attention mode, which is that of each stage.
         dtype: of the weights.
+        revision, token, cache_dir: for the Hub, as in transformers; of two backbones they go to both.
     """
 
     start: Text | None = None
@@ -125,6 +127,14 @@ class ModelRecipe(Checked):
     image_std: PositiveChannels | None = None
     config: PlainDict = {}
     dtype: Dtype = "float32"
+    revision: Text | None = None
+    token: Text | None = None
+    cache_dir: Text | None = None
+
+    @property
+    def hub(self) -> dict[str, str]:
+        """Those of `revision`, `token` and `cache_dir` that are given."""
+        return {name: value for name in HUB_KEYS if (value := getattr(self, name)) is not None}
 
     @field_validator("config")
     @classmethod

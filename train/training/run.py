@@ -25,7 +25,7 @@ from prefixvlm.train.data.feature_cache import FeatureCache
 from prefixvlm.train.data.noise import add_mask_token
 from prefixvlm.train.data.order import OrderedSamples, StreamedSamples
 from prefixvlm.train.data.screening import Report, Screened, Screening, encode_one, longest_sample
-from prefixvlm.train.data.sources import is_stream
+from prefixvlm.train.data.sources import is_stream, without_token
 from prefixvlm.train.data.sources import load as load_samples
 from prefixvlm.train.evaluation import figures
 from prefixvlm.train.recipes.schema import MAX_SEED, Recipe, StageRecipe
@@ -142,7 +142,8 @@ def _starting_model(recipe: Recipe, before: list[int], first: int, sources: dict
 
 def _load(recipe: Recipe, start: str):
     """The model and processor in a folder, as the recipe trains it."""
-    return load_start(start, recipe.model.dtype, recipe.lora.quantize if recipe.lora else None)
+    hub = recipe.model.hub if start == recipe.model.start else {}
+    return load_start(start, recipe.model.dtype, recipe.lora.quantize if recipe.lora else None, **hub)
 
 
 def chosen_stages(recipe: Recipe, only: list[int] | None) -> list[int]:
@@ -178,11 +179,12 @@ def _settings(recipe: Recipe, number: int, samples, random_init: bool) -> dict:
     """What decides the weights that come out of a stage."""
     stage = recipe.stages[number].model_dump()
     del stage["evaluation"]
+    stage["data"] = without_token(stage["data"])
     shared = ("seed", "bf16", "max_skipped")
     return {
         "stage": stage,
         "data_fingerprint": samples.fingerprint,
-        "model": recipe.model.model_dump(),
+        "model": recipe.model.model_dump(exclude={"token"}),
         "random_init": random_init,
         "lora": recipe.lora.model_dump() if recipe.lora else None,
         **{name: getattr(recipe, name) for name in shared},

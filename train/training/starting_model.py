@@ -16,7 +16,7 @@ END_TOKEN, NOISE_TOKEN = "<|endoftext|>", "<|mask|>"
 PAPER_PAIR = ("google/siglip-so400m-patch14-224", "Qwen/Qwen2.5-0.5B")
 
 
-def load_start(start: str, dtype: str, quantize: str | None = None):
+def load_start(start: str, dtype: str, quantize: str | None = None, **hub):
     """A saved model to train, and its processor; see `load`.
 
     Raises:
@@ -24,7 +24,7 @@ def load_start(start: str, dtype: str, quantize: str | None = None):
     """
     if base_of_adapter(start):
         raise ValueError(f"{start} is an adapter; make a whole model of it first: prefixvlm merge {start} --output DIR")
-    return load(start, dtype, quantize)
+    return load(start, dtype, quantize, **hub)
 
 
 def refuse_random_start(recipe: ModelRecipe, random_init: bool) -> None:
@@ -45,7 +45,7 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
         ValueError: for settings that contradict each other or backbones that cannot be loaded.
     """
     if recipe.start is not None:
-        return load_start(recipe.start, recipe.dtype)
+        return load_start(recipe.start, recipe.dtype, **recipe.hub)
     if isinstance(recipe.vision, str) != isinstance(recipe.text, str):
         raise ValueError("model.vision and model.text must both be pretrained (names) or both new (settings).")
     if isinstance(recipe.vision, str) and random_init:
@@ -55,9 +55,9 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
             if getattr(recipe, key) is not None:
                 raise ValueError(f"model.{key} is for random weights; pretrained backbones bring their own. Leave it out.")
         try:
-            processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text)
+            processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text, **recipe.hub)
             model = PrefixVLMForConditionalGeneration.from_backbones(
-                recipe.vision, recipe.text, dtype=dtype_named(recipe.dtype), **recipe.config
+                recipe.vision, recipe.text, dtype=dtype_named(recipe.dtype), **recipe.hub, **recipe.config
             )
         except OSError as error:
             raise ValueError(f"A backbone cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
@@ -73,7 +73,7 @@ def _shapes(recipe: ModelRecipe) -> dict:
         vision, text = config.vision_config, config.text_config
     else:
         try:
-            vision, text = AutoConfig.from_pretrained(recipe.vision), AutoConfig.from_pretrained(recipe.text)
+            vision, text = (AutoConfig.from_pretrained(name, **recipe.hub) for name in (recipe.vision, recipe.text))
         except (OSError, ValueError) as error:
             raise ValueError(f"The shape of a backbone cannot be read ({' '.join(str(error).split())[:200]}).") from error
         vision = getattr(vision, "vision_config", vision)
@@ -85,7 +85,7 @@ def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
         tokenizer = train_tokenizer(texts, **recipe.tokenizer)
     elif recipe.tokenizer:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer, **recipe.hub)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model.tokenizer {recipe.tokenizer} cannot be loaded ({' '.join(str(error).split())[:200]})."

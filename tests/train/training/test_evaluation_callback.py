@@ -197,7 +197,7 @@ def test_recipes_that_cannot_be_followed_are_refused(number, evaluation, says):
 
 
 def test_a_test_set_that_is_not_there_is_found_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(run, "_starting_model", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=r"gone\.json: there is no such file"):
         run.run_recipe(parse_recipe(recipe(1, EVALUATION | {"task": "vqa", "data": "gone.json"})))
 

@@ -189,7 +189,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF tag says. `ImageOps.exif_transpose` would fail for any damage in the EXIF block."""
     image.load()  # damaged pixels are an error, a damaged EXIF block is not
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # of many kinds
         return image
     return image if turn is None else image.transpose(turn)

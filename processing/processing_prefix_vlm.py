@@ -340,6 +340,9 @@ class PrefixVLMProcessor(ProcessorMixin):
             TypeError: for one that would have no effect.
         """
         merged: dict[str, Any] = {}
+        text_kwargs: dict[str, Any] = {}
+        image_kwargs: dict[str, Any] = {}
+        others: dict[str, Any] = {}
         for kwargs in given:
             flat = {name: value for name, value in kwargs.items() if name not in KWARGS_GROUPS}
             for group in (flat, *(kwargs.get(name) or {} for name in KWARGS_GROUPS)):
@@ -348,7 +351,6 @@ class PrefixVLMProcessor(ProcessorMixin):
                         merged[name] = value
                     elif value is not None and repr(value) != repr(merged[name]):
                         raise ValueError(f"{name} is given twice, as {merged[name]!r} and as {value!r}; give it once.")
-        text_kwargs, image_kwargs, others = {}, {}, {}
         known = _parameters(self.image_processor)
         for name, value in merged.items():
             if name not in TEXT_KWARGS and name not in IMAGE_KWARGS | known:

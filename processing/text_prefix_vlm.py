@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 ESCAPE = "\ufdd0"  # no character: Unicode sets it aside for the inside of programs. If typed, it is escaped itself
 # two names that nobody can type: for the control token before a text, and for tokens that a model shall not know
@@ -42,7 +43,9 @@ class ControlTokens:
         self._endings = frozenset(token[length:] for token in self._long for length in range(1, len(token)))
         # a model writes these only for its control tokens; the token for what is unknown it may write for anything
         self._guarded = {self._ids[token] for token in self._long} - {tokenizer.unk_token_id} | {self._ids[image_token]}
-        self._model = self._model_after_start = self._around = None
+        self._model: Any = None
+        self._model_after_start: Any = None
+        self._around: tuple[list[int], list[int]] | None = None
         self._is_unable = False
 
     def are_those_of(self, tokenizer) -> bool:

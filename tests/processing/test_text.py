@@ -226,7 +226,7 @@ def spaces(tokenizer) -> dict:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_typed_text_is_words_to_the_letter(name, data):
     text = data.draw(typed(name))
@@ -238,7 +238,7 @@ def test_typed_text_is_words_to_the_letter(name, data):
 
 
 @pytest.mark.parametrize("name", [*WITH_BLANKS, *LOSSY])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_typed_text_has_no_control_token(name, data):
     text = data.draw(typed(name))
@@ -264,7 +264,7 @@ def test_each_token_alone_and_beside_the_templates(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "whole words"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_words_have_the_ids_that_they_have_for_the_tokenizer(name, data):
     """Also the words beside a token that was typed, though they are tokenized another way."""
@@ -277,7 +277,7 @@ def test_words_have_the_ids_that_they_have_for_the_tokenizer(name, data):
 
 
 @pytest.mark.parametrize("name", ["byte-level", "metaspace before the first", *REAL])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_typed_token_is_tokenized_together_with_its_words(name, data):
     """As by the same tokenizer without added tokens, and not piece by piece."""
@@ -329,7 +329,7 @@ CHATS = ["byte-level", "Python, bytes", *REAL]
 
 
 @pytest.mark.parametrize("name", CHATS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_conversation_says_what_was_typed_by_either_way(name, data):
     processor = processor_of(name)
@@ -357,7 +357,7 @@ def test_a_conversation_says_what_was_typed_by_either_way(name, data):
 
 
 @pytest.mark.parametrize("name", ["byte-level", *REAL])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_caption_says_what_was_typed_and_ends_once(name, data):
     processor = processor_of(name)

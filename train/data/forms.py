@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from prefixvlm.train.data.conversation import Conversation
 
@@ -64,7 +65,7 @@ class Form:
 
     def images(self, row: dict) -> list:
         """The images of a row: bytes or PIL images as they are, paths below the data's own folder; "" is no image."""
-        found = next((row[key] for key in ("image", "images") if not _is_empty(row.get(key))), [])
+        found: Any = next((row[key] for key in ("image", "images") if not _is_empty(row.get(key))), [])
         return [self._inside(image) for image in (found if isinstance(found, list) else [found])]
 
     def _inside(self, image):

@@ -3,7 +3,7 @@
 Shapes: B prompts, T tokens, I images.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from threading import Event, Thread
 
@@ -65,7 +65,7 @@ class _Stopped(StoppingCriteria):
         return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
 
 
-def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generation) -> Iterator[str]:
+def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generation) -> Generator[str, None, None]:
     """Yields the text after a single prompt piece by piece as it is generated; arguments as for `generate_texts`.
 
     Generation ends with the iterator, also when that is closed, or left by an exception, before its end.
@@ -94,7 +94,7 @@ def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generati
         raise errors[0]
 
 
-def stream_answer(model, processor, images: Sequence, question: str | None, max_new_tokens: int) -> Iterator[str]:
+def stream_answer(model, processor, images: Sequence, question: str | None, max_new_tokens: int) -> Generator[str, None, None]:
     """Yields the pieces of a greedy answer to a question about images, or of a caption if there is no question.
 
     Args:

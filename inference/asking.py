@@ -94,7 +94,9 @@ def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generati
         raise errors[0]
 
 
-def stream_answer(model, processor, images: Sequence, question: str | None, max_new_tokens: int) -> Generator[str, None, None]:
+def stream_answer(
+    model, processor, images: Sequence, question: str | None, max_new_tokens: int
+) -> Generator[str, None, None]:
     """Yields the pieces of a greedy answer to a question about images, or of a caption if there is no question.
 
     Args:

@@ -198,6 +198,9 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
             adapter.task_type = adapter.task_type or "CAUSAL_LM"
         if (shared := is_tied(self)) is not None:
             self.config.tie_word_embeddings = shared  # whatever was set in between
+        generation = getattr(self, "generation_config", None)
+        if generation is not None and isinstance(generation.eos_token_id, list):  # 4.x's `Trainer` adds one that is there
+            generation.eos_token_id = list(dict.fromkeys(generation.eos_token_id))
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self._complete_repository(save_directory)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from tiny import layout_batch, tiny_tokenizer
+from tiny import layout_batch, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import (
     CLIPConfig,
@@ -12,6 +12,7 @@ from transformers import (
     CLIPVisionModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -138,7 +139,7 @@ def test_image_towers(vision, saved, join):
     if "clip" in vision:
         assert states.shape[1] == 5  # a class token before the four patches
         states = states[:, 1:]
-    features = model.get_image_features(pixels)
+    features = model.projector(model.get_vision_features(pixels))
     assert features.shape == (2, 4, 32)
     assert torch.equal(features, model.projector(states))
     assert model.config.num_image_tokens == 4
@@ -385,6 +386,14 @@ def test_answers_stop_at_the_end_of_a_turn_and_where_the_backbone_did(own_ends, 
         assert ends[:2] == [turn_end, tokenizer.eos_token_id]
         assert len(ends) == len(set(ends))
         assert set(ends) == {turn_end, tokenizer.eos_token_id, 0, *([7] if own_ends else [])}
+
+
+def test_no_stop_token_is_saved_twice(tmp_path):
+    """transformers 4's `Trainer` puts the tokenizer's end token before those that are there."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = [0, 3, 0]
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 3]
         assert one.generation_config.pad_token_id == tokenizer.pad_token_id
 
     # a head that always predicts the end of the turn

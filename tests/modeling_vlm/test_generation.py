@@ -44,7 +44,7 @@ def with_features(model, batch: dict) -> dict:
     """The same input as embeddings that already hold the image features."""
     is_image = batch["input_ids"] == IMAGE_TOKEN_ID
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    embeds = embeds.masked_scatter(is_image[..., None], model.get_image_features(batch["pixel_values"]))
+    embeds = embeds.masked_scatter(is_image[..., None], model.projector(model.get_vision_features(batch["pixel_values"])))
     return {"inputs_embeds": embeds, "token_type_ids": is_image.long(), "attention_mask": batch["attention_mask"]}
 
 

@@ -114,7 +114,7 @@ def test_images_may_come_in_groups_of_a_sample():
 def test_images_come_in_reading_order():
     model = tiny_model("causal")
     batch = layout_batch(model, ["IwIw", "Iww"])
-    features = model.get_image_features(batch["pixel_values"])
+    features = model.projector(model.get_vision_features(batch["pixel_values"]))
     inputs = model(**batch, output_hidden_states=True).hidden_states[0]
     assert torch.equal(inputs[batch["input_ids"] == IMAGE_TOKEN_ID], features.flatten(0, 1))
     words = batch["input_ids"] >= FIRST_WORD
@@ -138,7 +138,7 @@ def test_hidden_states_and_attentions_when_asked(mode):
     for weights in outputs.attentions:
         assert weights[:, :, ~mask].eq(0).all()
         assert weights[:, :, mask].gt(0).all()
-    assert torch.equal(outputs.image_hidden_states, model.get_image_features(batch["pixel_values"]))
+    assert torch.equal(outputs.image_hidden_states, model.projector(model.get_vision_features(batch["pixel_values"])))
 
 
 @torch.no_grad()

@@ -268,7 +268,7 @@ def test_the_command_reports_and_writes(saved, tmp_path, capsys, name):
         ("lm", ["a={0}/empty_list.jsonl"], ["empty_list.jsonl", "no text"]),
         ("lm", ["a={0}/letter.jsonl"], ["letter.jsonl, row 2", "no token to predict"]),
         ("lm", ["a={0}/plain.txt", "a={0}/rows.jsonl:human"], ["two sets", "'a'"]),
-        ("nothing", ["a={0}/plain.txt"], ["nothing cannot be loaded as a language model"]),
+        ("nothing", ["a={0}/plain.txt"], ["nothing: there is no such file or folder"]),
         ("vision", ["a={0}/plain.txt"], ["vision cannot be loaded as a language model"]),
         ("no_tokenizer", ["a={0}/plain.txt"], ["no_tokenizer cannot be loaded as a language model"]),
         ("classifier", ["a={0}/plain.txt"], ["classifier", "lacks weights"]),

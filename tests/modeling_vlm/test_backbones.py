@@ -386,6 +386,13 @@ def test_answers_stop_at_the_end_of_a_turn_and_where_the_backbone_did(own_ends, 
         assert ends[:2] == [turn_end, tokenizer.eos_token_id]
         assert len(ends) == len(set(ends))
         assert set(ends) == {turn_end, tokenizer.eos_token_id, 0, *([7] if own_ends else [])}
+        assert one.generation_config.pad_token_id == tokenizer.pad_token_id
+
+    # a head that always predicts the end of the turn
+    logits = model._head
+    model._head = lambda hidden: logits(hidden).index_fill(-1, torch.tensor([turn_end]), 1e4)
+    output = model.generate(input_ids=torch.tensor([[65, 66]]), max_new_tokens=5, do_sample=False)
+    assert output[0, 2:].tolist() == [turn_end]
 
 
 def test_no_stop_token_is_saved_twice(tmp_path):
@@ -394,10 +401,3 @@ def test_no_stop_token_is_saved_twice(tmp_path):
     model.generation_config.eos_token_id = [0, 3, 0]
     model.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 3]
-        assert one.generation_config.pad_token_id == tokenizer.pad_token_id
-
-    # a head that always predicts the end of the turn
-    logits = model._head
-    model._head = lambda hidden: logits(hidden).index_fill(-1, torch.tensor([turn_end]), 1e4)
-    output = model.generate(input_ids=torch.tensor([[65, 66]]), max_new_tokens=5, do_sample=False)
-    assert output[0, 2:].tolist() == [turn_end]

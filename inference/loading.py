@@ -59,16 +59,15 @@ def load(
         model, report = PrefixVLMForConditionalGeneration.from_pretrained(
             folder, dtype=of_weights, output_loading_info=True, **options, **hub
         )
-        # transformers would draw them at random; a head is a copy of the embeddings
-        missing = sorted(name for name in report["missing_keys"] if not name.endswith("lm_head.weight"))
-        if missing and not quantize:
-            raise ValueError(f"it lacks weights, such as {missing[0]}")
+        if report["missing_keys"] and not quantize:  # transformers would draw them at random
+            raise ValueError(f"it lacks weights, such as {min(report['missing_keys'])}")
         with_processor = base if base and not Path(folder, "processor_config.json").is_file() else folder
         processor = PrefixVLMProcessor.from_pretrained(with_processor, **hub)
     except ImportError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise errors of many kinds
         raise ValueError(f"{folder} is not a PrefixVLM that can be loaded ({_line(error)}).") from error
+    model.set_stop_tokens(processor.tokenizer)  # whoever saved it may not have
     return model if device is None else model.to(device), processor
 
 

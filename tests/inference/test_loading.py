@@ -48,6 +48,13 @@ def test_the_default_dtype_is_the_fast_one(saved, monkeypatch):
     assert load(saved)[0].dtype == torch.float32
 
 
+def test_a_loaded_model_stops_where_its_tokenizer_says(saved):
+    """Whoever made and saved it from a configuration has told it nothing of turns."""
+    assert PrefixVLMForConditionalGeneration.from_pretrained(saved).generation_config.eos_token_id == 0
+    model, processor = load(saved)
+    assert model.generation_config.eos_token_id == [processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), 0]
+
+
 def test_transformers_own_options_reach_it(saved, monkeypatch):
     seen = []
     hub = {"revision": "draft", "token": "secret", "cache_dir": "/tmp/cache"}

@@ -133,7 +133,7 @@ def test_what_a_template_does_not_use_is_refused():
         {"add_special_tokens": True, "tokenize": True},
         {"sanitize_control_tokens": False, "tokenize": True},
     ],
-    ids=str,
+    ids=lambda kwargs: "-".join(kwargs),
 )
 def test_what_a_rendered_text_would_drop_is_refused(kwargs):
     with pytest.raises(ValueError, match=r"tokenize=True|add_special_tokens|sanitize_control_tokens"):

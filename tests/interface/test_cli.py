@@ -88,6 +88,7 @@ def test_every_setting_of_an_evaluation_has_its_option():
     assert vars(parser().parse_args(needed)).keys() - {"command", "run"} == {"model", "task", "output"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "arguments"),
     [

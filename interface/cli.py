@@ -139,15 +139,17 @@ def one_line(error: Exception) -> str:
     return " ".join(message.split())
 
 
-def missing_package(error: Exception) -> str | None:
+def missing_package(error: BaseException | None) -> str | None:
     """What to install, if the error is that a package of one of our extras is not there."""
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    for extra, packages in EXTRAS.items():
-        if package in packages:
-            return (
-                f"the package {package} is missing, which the extra [{extra}] brings; "
-                f"run: pip install 'prefixvlm[{extra}]', or in a clone: pip install -e '.[{extra}]'"
-            )
+    while isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        for extra, packages in EXTRAS.items():
+            if package in packages:
+                return (
+                    f"the package {package} is missing, which the extra [{extra}] brings; "
+                    f"run: pip install 'prefixvlm[{extra}]', or in a clone: pip install -e '.[{extra}]'"
+                )
+        error = error.__cause__  # transformers 5 puts an error of its own before the one that names the package
     return None
 
 

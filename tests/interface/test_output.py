@@ -31,7 +31,8 @@ sys.exit(main())
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model = tiny_model()
-    model.generation_config.eos_token_id = None  # it goes on until it is stopped
+    ends = tiny_processor().tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    model.generation_config.suppress_tokens = ends  # it goes on until it is stopped
     model.save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     Image.new("RGB", (20, 30), "red").save(folder / "photo.png")

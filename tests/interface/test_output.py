@@ -26,6 +26,18 @@ from prefixvlm.cli import main
 sys.exit(main())
 """
 
+# takes ten seconds for an answer, and says something with every token, where a streamer waits for a blank
+SLOWLY = f"""
+import functools, time
+from prefixvlm import PrefixVLMForConditionalGeneration
+forward = PrefixVLMForConditionalGeneration.forward
+@functools.wraps(forward)
+def slow(*arguments, **options):
+    time.sleep(0.02)
+    return forward(*arguments, **options)
+PrefixVLMForConditionalGeneration.forward = slow
+{SAYS}"""
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -54,7 +66,7 @@ def generate(saved, tokens: int):
 
 
 def test_a_closed_pipe_ends_generation_quietly(saved):
-    process = start(*generate(saved, 400), PYTHONUNBUFFERED="1")
+    process = start(*generate(saved, 480), program=("-c", SLOWLY), PYTHONUNBUFFERED="1")
     assert process.stdout.read(1)
     process.stdout.close()
     error = process.stderr.read()
@@ -86,7 +98,7 @@ def test_a_full_disk_is_one_line():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_ends_generation_with_130(saved):
-    process = start(*generate(saved, 480), PYTHONUNBUFFERED="1")
+    process = start(*generate(saved, 480), program=("-c", SLOWLY), PYTHONUNBUFFERED="1")
     assert process.stdout.read(1)  # in the middle of the answer
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)

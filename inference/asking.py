@@ -4,7 +4,6 @@ Shapes: B prompts, T tokens, I images.
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
 from threading import Event, Thread
 
 import torch
@@ -87,9 +86,7 @@ def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generati
         yield from streamer
     finally:
         stop.set()
-        while thread.is_alive():  # left alone, it would abort an interpreter that goes away
-            with suppress(KeyboardInterrupt):  # a second one
-                thread.join()
+        thread.join()  # left alone, it would abort an interpreter that goes away
     if errors:
         raise errors[0]
 

@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, or 2 with one line on stderr for bad input, 130 after Ctrl-C, 141 if nobody reads on.
     """
     accept_any_text(sys.stdout)
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # we are the whole program
+        signal.signal(signal.SIGINT, stop_once)
     try:
         try:
             return run(arguments)
@@ -48,10 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prefixvlm: the output cannot be written ({error.strerror}).", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        if arguments is None:  # a program that is going away anyway
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("prefixvlm: stopped.", file=sys.stderr)
         return STOPPED
+
+
+def stop_once(*_) -> None:
+    """Interrupts at the first Ctrl-C; an impatient second one must not leave threads behind, which would abort Python."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str] | None) -> int:

@@ -80,7 +80,7 @@ def test_a_path_that_leads_to_nothing_is_refused_without_the_network(name):
 
 @pytest.mark.parametrize("name", ["someone/model", "gpt2", "google/siglip-so400m-patch14-224"])
 def test_what_may_be_a_hub_id_is_asked_for(name):
-    refuse_missing_path(name)
+    assert refuse_missing_path(name) is None
 
 
 def test_a_folder_without_configuration_is_no_model(tmp_path):

@@ -119,7 +119,7 @@ def test_what_can_only_be_a_path_is_looked_for_before_all_else(override):
 
 def test_the_recipes_of_ours_name_no_missing_path():
     for name in ("paper", "quickstart"):
-        refuse_missing_paths(load_recipe(name))
+        assert refuse_missing_paths(load_recipe(name)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """What commands print arrives whatever the terminal or file can take, and they end quietly when nobody reads or waits."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -106,6 +108,8 @@ def test_ctrl_c_ends_generation_with_130(saved):
     process = start(*generate(saved, 480), program=("-c", SLOWLY), PYTHONUNBUFFERED="1")
     assert process.stdout.read(1)  # in the middle of the answer
     process.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGINT)  # an impatient one
     error = process.communicate(timeout=TIMEOUT)[1].decode()
     assert process.returncode == 130
     assert "Traceback" not in error, error
@@ -132,5 +136,7 @@ def test_an_answer_is_printed_whatever_the_encoding(saved, environment, expected
 
 
 def test_a_stream_that_is_no_text_file_is_left_alone():
-    accept_any_text(None)  # as of a program without a console
-    accept_any_text(object())  # as in a notebook
+    assert accept_any_text(None) is None  # as of a program without a console
+    notebook = io.StringIO("\u00e9")
+    accept_any_text(notebook)
+    assert notebook.getvalue() == "\u00e9"

@@ -362,9 +362,8 @@ def test_fields_that_a_backbone_does_not_have_are_refused(part, values, says):
     ],
 )
 def test_fields_that_a_backbone_has_pass(text):
-    parse_recipe(
-        changed(model={"vision": {"model_type": "clip_vision_model"}, "text": text, "tokenizer": "some/tokenizer"})
-    )
+    model = {"vision": {"model_type": "clip_vision_model"}, "text": text, "tokenizer": "some/tokenizer"}
+    assert parse_recipe(changed(model=model)).model.text == text
 
 
 def test_the_attention_mode_is_that_of_the_stages():

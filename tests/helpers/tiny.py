@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, P image tokens.
 """
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
 
@@ -38,6 +39,13 @@ def tiny_processor(image_size: int = 16, patch_size: int = 8, **kwargs) -> Prefi
         tiny_tokenizer(**kwargs),
         num_image_tokens=(image_size // patch_size) ** 2,
     )
+
+
+def save_tiny(folder) -> None:
+    """Saves a whole model with its processor, and a picture, photo.png."""
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    Image.new("RGB", (20, 30), "red").save(folder / "photo.png")
 
 
 def tiny_config(attention_mode: str = "prefix", image_size: int = 16, patch_size: int = 8, **kwargs) -> PrefixVLMConfig:

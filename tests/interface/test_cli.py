@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, tiny_processor
+from tiny import save_tiny, tiny_model, tiny_processor
 
 from prefixvlm.cli import EXTRAS, main, missing_package, one_line, parser
 from prefixvlm.inference.int8 import Int8Linear
@@ -23,9 +23,7 @@ EVALUATE = ["evaluate", "{saved}", "--output", "{saved}/evaluated", "--task"]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    Image.new("RGB", (20, 30), "red").save(folder / "photo.png")
+    save_tiny(folder)
     row = {"image": "photo.png", "question": "what?", "answer": "red", "texts": ["a red picture", "red"], "split": "test"}
     sets = {
         "rows": [row, row | {"question": "why?"}, row],

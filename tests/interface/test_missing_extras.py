@@ -4,8 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
-from tiny import tiny_model, tiny_processor
+from tiny import save_tiny
 
 from prefixvlm.cli import EXTRAS
 
@@ -32,9 +31,7 @@ OF_TRANSFORMERS = {"tokenizers", "tqdm", "yaml"}  # which it brings itself
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    Image.new("RGB", (20, 30), "red").save(folder / "photo.png")
+    save_tiny(folder)
     (folder / "texts.txt").write_text("a text\n")
     (folder / "rows.json").write_text('[{"image": "photo.png", "question": "what?", "answer": "red"}]')
     return folder

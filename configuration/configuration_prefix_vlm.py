@@ -18,6 +18,8 @@ TURN_END_TOKEN = "<|im_end|>"
 IGNORE_INDEX = -100  # the label of a position without a target
 # arguments of `save_pretrained` that only a push takes
 PUSH_KWARGS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "token")
+# arguments of `from_pretrained` that say where on the Hub a file is
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 # the row of Qwen2.5's own "<|image_pad|>", which the language model never saw in text
 QWEN_IMAGE_TOKEN_ID = 151655

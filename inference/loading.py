@@ -66,7 +66,7 @@ def load(
     except ImportError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise errors of many kinds
-        raise ValueError(f"{folder} is not a PrefixVLM that can be loaded ({_line(error)}).") from error
+        raise ValueError(f"{folder} is not a PrefixVLM that can be loaded ({one_line(error)}).") from error
     model.set_stop_tokens(processor.tokenizer)  # whoever saved it may not have
     return model if device is None else model.to(device), processor
 
@@ -83,7 +83,7 @@ def base_of_adapter(folder: str | Path) -> str | None:
     try:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {_line(error)}).") from error
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {one_line(error)}).") from error
     if not base:
         raise ValueError(f"{path} does not say which model the adapter was trained on.")
     return base
@@ -103,7 +103,7 @@ def refuse_another_type(name: str, **hub) -> None:
     try:
         values, _ = PrefixVLMConfig.get_config_dict(name, **hub)
     except Exception as error:  # of the Hub's client too, which raises its own kinds
-        raise ValueError(f"{name} is not a PrefixVLM that can be loaded ({_line(error)}).") from error
+        raise ValueError(f"{name} is not a PrefixVLM that can be loaded ({one_line(error)}).") from error
     if (kind := values.get("model_type")) != PrefixVLMConfig.model_type:
         found = f"it is a {kind}" if kind else "it has no config.json"
         raise ValueError(f"{name} is not a PrefixVLM that can be loaded ({found}).")
@@ -146,5 +146,6 @@ def quantization(kind: str, dtype: torch.dtype):
     return BitsAndBytesConfig(**options, llm_int8_skip_modules=["lm_head", "projector", "vision_tower"])
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, in a line short enough to be part of a sentence."""
     return " ".join(str(error).split())[:200]

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_prefix_vlm import (
+    HUB_KWARGS,
     IGNORE_INDEX,
     IMAGE_TOKEN,
     PUSH_KWARGS,
@@ -39,14 +40,7 @@ from .cpu_prefix_vlm import cpu_products, one_token
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 from .positions_prefix_vlm import attention_window, cache_lengths, context, documents, is_empty, positions
-from .tying_prefix_vlm import (
-    HUB_KWARGS,
-    fill_head,
-    is_tied,
-    is_tied_checkpoint,
-    refuse_to_drop_head,
-    tied_weights_keys,
-)
+from .tying_prefix_vlm import fill_head, is_tied, is_tied_checkpoint, refuse_to_drop_head, tied_weights_keys
 
 # what others read from `get_image_features`: on transformers 4 the features themselves, on 5 an output that holds them
 FEATURES_IN_OUTPUT = int(transformers.__version__.partition(".")[0]) >= 5

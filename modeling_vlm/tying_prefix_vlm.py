@@ -1,13 +1,12 @@
 """Whether the language head shares its weights with the embeddings: one truth for configuration, memory and checkpoint.
 
-This file travels to the Hub with every checkpoint, so it imports only torch.
+This file travels to the Hub with every checkpoint, so it imports only torch and its sibling.
 """
 
 import torch
 from torch import nn
 
-# arguments of `from_pretrained` that say where on the Hub a file is
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+from ..configuration.configuration_prefix_vlm import HUB_KWARGS
 
 
 def refuse_to_drop_head(name: str, wanted: bool | None, is_tied: bool) -> None:

@@ -21,6 +21,7 @@ from transformers.utils import PaddingStrategy, logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..configuration.configuration_prefix_vlm import (
+    HUB_KWARGS,
     IGNORE_INDEX,
     IMAGE_TOKEN,
     PUSH_KWARGS,
@@ -43,7 +44,6 @@ KWARGS_GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs")
 USED_TEXT_KWARGS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
 USED_TEXT_KWARGS |= {"return_attention_mask", "return_mm_token_type_ids", "return_tensors", "verbose"}
 RENDERING_KWARGS = ("add_generation_prompt", "continue_final_message")  # used outside of the template
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 # ChatML, with the image before the first turn as the paper's sequence has it: <im>*P INST1 ans1 INST2 ans2 (section III-D).
 # Of several images, those that open the first message move to the front; the others stay in place.

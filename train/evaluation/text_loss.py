@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.auto import PrefixVLMConfig
 from prefixvlm.inference.environment import choose_device, versions
-from prefixvlm.inference.loading import load, refuse_missing_path
+from prefixvlm.inference.loading import load, one_line, refuse_missing_path
 from prefixvlm.train.evaluation.figures import save_text_losses
 from prefixvlm.train.evaluation.row_statistics import row_interval, sign_flip_p_value
 from prefixvlm.train.evaluation.text_sets import leave_out_empty_rows, read_texts
@@ -103,7 +103,7 @@ def load_language_model(name: str):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers, tokenizers and safetensors raise errors of many kinds
-        raise ValueError(f"{name} cannot be loaded as a language model ({' '.join(str(error).split())[:200]}).") from error
+        raise ValueError(f"{name} cannot be loaded as a language model ({one_line(error)}).") from error
     if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # transformers 5 makes up an empty one
         raise ValueError(f"{name} cannot be loaded as a language model (it has no tokenizer).")
     if report["missing_keys"]:  # transformers would draw them at random

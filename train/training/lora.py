@@ -12,6 +12,7 @@ from prefixvlm.inference.loading import (
     DTYPES,
     base_of_adapter,
     load,
+    one_line,
     refuse_another_type,
     refuse_missing_path,
 )
@@ -100,7 +101,7 @@ def merged(folder: Path, base):
             saved = set(file.keys())
         model = PeftModel.from_pretrained(base, str(folder))
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"The adapter {folder} cannot be put into its base model ({_short(error)}).") from error
+        raise ValueError(f"The adapter {folder} cannot be put into its base model ({one_line(error)}).") from error
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"The adapter {folder} is of a kind that cannot be merged into weights.")
     # peft leaves out what does not fit, and what is missing as it was drawn
@@ -161,14 +162,10 @@ def _local(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
-        raise ValueError(f"There is no adapter {name}, neither a folder nor on the Hub ({_short(error)}).") from error
+        raise ValueError(f"There is no adapter {name}, neither a folder nor on the Hub ({one_line(error)}).") from error
 
 
 def _dtype_of(base: str) -> str:
     refuse_another_type(base)
     name = str(PrefixVLMConfig.from_pretrained(base).dtype).removeprefix("torch.")
     return name if name in DTYPES else "float32"
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -8,11 +8,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from prefixvlm.configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
 from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
-from prefixvlm.inference.loading import base_of_adapter, dtype_named, load
+from prefixvlm.inference.loading import base_of_adapter, dtype_named, load, one_line
 from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.train.data.noise import MASK_TOKEN
 from prefixvlm.train.recipes.schema import ModelRecipe
 
-END_TOKEN, NOISE_TOKEN = "<|endoftext|>", "<|mask|>"
+END_TOKEN = "<|endoftext|>"
 PAPER_PAIR = ("google/siglip-so400m-patch14-224", "Qwen/Qwen2.5-0.5B")
 
 
@@ -60,7 +61,7 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
                 recipe.vision, recipe.text, dtype=dtype_named(recipe.dtype), **recipe.hub, **recipe.config
             )
         except OSError as error:
-            raise ValueError(f"A backbone cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+            raise ValueError(f"A backbone cannot be loaded ({one_line(error)}).") from error
     else:
         model, processor = _from_settings(recipe, texts)
     return model, processor
@@ -75,7 +76,7 @@ def _shapes(recipe: ModelRecipe) -> dict:
         try:
             vision, text = (AutoConfig.from_pretrained(name, **recipe.hub) for name in (recipe.vision, recipe.text))
         except (OSError, ValueError) as error:
-            raise ValueError(f"The shape of a backbone cannot be read ({' '.join(str(error).split())[:200]}).") from error
+            raise ValueError(f"The shape of a backbone cannot be read ({one_line(error)}).") from error
         vision = getattr(vision, "vision_config", vision)
     return {"vision": vision.to_dict(), "text": text.to_dict(), "tokenizer": recipe.tokenizer or recipe.text}
 
@@ -87,9 +88,7 @@ def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
         try:
             tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer, **recipe.hub)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model.tokenizer {recipe.tokenizer} cannot be loaded ({' '.join(str(error).split())[:200]})."
-            ) from error
+            raise ValueError(f"model.tokenizer {recipe.tokenizer} cannot be loaded ({one_line(error)}).") from error
         tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
         tokenizer.padding_side = "left"
     else:
@@ -119,7 +118,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = [END_TOKEN, IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN, NOISE_TOKEN]
+    special = [END_TOKEN, IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN, MASK_TOKEN]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -131,7 +130,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         tokenizer_object=backend,
         eos_token=END_TOKEN,
         pad_token=END_TOKEN,
-        mask_token=NOISE_TOKEN,
+        mask_token=MASK_TOKEN,
         additional_special_tokens=[IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN],
         padding_side="left",
         clean_up_tokenization_spaces=False,

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 from prefixvlm.inference.environment import versions
 from prefixvlm.modeling_vlm.cpu_prefix_vlm import OneRowProducts, product_dtype
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
 from prefixvlm.train.training.starting_model import train_tokenizer
 
 REPEATS = 5

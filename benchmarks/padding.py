@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from prefixvlm import PrefixVLMProcessor
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.order import EpochSampler, OrderedSamples

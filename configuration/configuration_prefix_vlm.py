@@ -83,6 +83,23 @@ PRESETS: dict[str, dict] = {
 }
 
 
+def image_tokens(patch_grid: int, pixel_shuffle: int, mean_pooling: int) -> int:
+    """P, the number of tokens that the projector makes of G x G patches.
+
+    Raises:
+        ValueError: for two compressions at once, or groups that do not divide the grid.
+    """
+    for name, group in (("pixel_shuffle", pixel_shuffle), ("mean_pooling", mean_pooling)):
+        if not isinstance(group, int) or group < 1 or patch_grid % group:
+            raise ValueError(
+                f"{name} is {group!r}, which does not divide a grid of {patch_grid} x {patch_grid} patches; choose a "
+                f"divisor of {patch_grid}."
+            )
+    if pixel_shuffle > 1 < mean_pooling:
+        raise ValueError(f"pixel_shuffle is {pixel_shuffle} and mean_pooling {mean_pooling}; leave one of them at 1.")
+    return (patch_grid // (pixel_shuffle * mean_pooling)) ** 2
+
+
 def needs_rope_theta() -> bool:
     """transformers 4.x reads `rope_theta` and `rope_scaling`; 5.x replaced both by `rope_parameters`."""
     return not hasattr(Qwen2Config(), "rope_parameters")
@@ -132,11 +149,17 @@ class PrefixVLMConfig(PretrainedConfig):
         projector_hidden_size: width between the projector's two layers; `None` takes the text width.
         projector_hidden_act: activation between them.
         image_token_id: the token that stands for one image feature in `input_ids`.
+        vision_feature_layer: the encoder's hidden states that the projector reads, an index into them as in LLaVA: 0 are
+            its embeddings, -1 is its last layer. Of the last layer they are what the encoder returns (in SigLIP, DINOv2
+            and ViT after its final norm, in CLIP without one); of earlier ones, before any norm. Later layers do not exist.
+        pixel_shuffle: s, so that s x s neighbouring patches become one image token, side by side in the projector's input.
+        mean_pooling: s, so that they become one by their mean. At most one of both can be above 1.
         tie_word_embeddings: whether the language head shares its weights with the embeddings; `None` follows `text_config`,
             which holds it from then on.
 
     Raises:
-        ValueError: for an unknown attention mode or backbone type.
+        ValueError: for an unknown attention mode or backbone type, a layer that the encoder does not have, or patches that
+            cannot be compressed as asked.
     """
 
     model_type = "prefix_vlm"
@@ -153,6 +176,9 @@ class PrefixVLMConfig(PretrainedConfig):
         projector_hidden_act="gelu",
         image_token_id=QWEN_IMAGE_TOKEN_ID,
         tie_word_embeddings=None,
+        vision_feature_layer=-1,
+        pixel_shuffle=1,
+        mean_pooling=1,
         **kwargs,
     ):
         if attention_mode not in ATTENTION_MODES:
@@ -168,6 +194,10 @@ class PrefixVLMConfig(PretrainedConfig):
         self.projector_hidden_size = projector_hidden_size
         self.projector_hidden_act = projector_hidden_act
         self.image_token_id = image_token_id
+        self.vision_feature_layer = vision_feature_layer
+        self.pixel_shuffle = pixel_shuffle
+        self.mean_pooling = mean_pooling
+        _ = self.num_vision_layers, self.num_image_tokens  # which check them
         if tie_word_embeddings is None:
             tie_word_embeddings = self.tie_word_embeddings
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -203,9 +233,37 @@ class PrefixVLMConfig(PretrainedConfig):
         return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     @property
+    def num_vision_layers(self) -> int | None:
+        """How many of the encoder's layers exist: those up to `vision_feature_layer`. `None` if it does not count them."""
+        layers, index = getattr(self.vision_config, "num_hidden_layers", None), self.vision_feature_layer
+        if layers is None:
+            if index != -1:
+                raise ValueError(
+                    f"vision_feature_layer is {index}, but a {self.vision_config.model_type} encoder gives only its last "
+                    "layer; leave it at -1."
+                )
+            return None
+        if not -layers - 1 <= index <= layers:
+            raise ValueError(
+                f"vision_feature_layer is {index}, but the encoder has {layers} layers; choose {-layers - 1} to {layers}."
+            )
+        return index % (layers + 1)
+
+    @property
+    def patch_grid(self) -> int:
+        """How many patches lie along a side of an image (16 for 224 pixels and patches of 14)."""
+        sides = [getattr(self.vision_config, name, None) for name in ("image_size", "patch_size")]
+        if not all(isinstance(side, int) for side in sides):
+            raise ValueError(
+                f"A {self.vision_config.model_type} encoder has no fixed square image size with square patches; choose "
+                "another one, or give vision_config an image_size and a patch_size."
+            )
+        return sides[0] // sides[1]
+
+    @property
     def num_image_tokens(self) -> int:
-        """P, how many tokens one image takes in the sequence: one per patch (256 for 224 pixels and patches of 14)."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        """P, how many tokens one image takes in the sequence: one per patch, or per group of patches."""
+        return image_tokens(self.patch_grid, self.pixel_shuffle, self.mean_pooling)
 
 
 __all__ = ["PrefixVLMConfig"]

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipConfig, SiglipModel, set_seed
 
 from evidence.data import SIZE
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 from prefixvlm.train.training.starting_model import train_tokenizer
 
 VISION = {

@@ -2,8 +2,8 @@
 
 This file travels to the Hub with every checkpoint, so it imports only torch, transformers and its own siblings.
 
-Shapes: B batch, T tokens, K keys (past and present), P image tokens, I images in the batch, N supervised tokens,
-D width of the language model, V vocabulary.
+Shapes: B batch, T tokens, K keys (past and present), P image tokens, I images in the batch, G patches along a side of an
+image, N supervised tokens, D width of the language model, V vocabulary.
 """
 
 import importlib
@@ -16,7 +16,6 @@ import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationMixin,
@@ -36,11 +35,13 @@ from ..configuration.configuration_prefix_vlm import (
     TURN_START_TOKEN,
     PrefixVLMConfig,
 )
+from ..configuration.vision_backbone_prefix_vlm import vision_backbone
 from .cpu_prefix_vlm import cpu_products, one_token
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 from .positions_prefix_vlm import attention_window, cache_lengths, context, documents, is_empty, positions
 from .tying_prefix_vlm import fill_head, is_tied, is_tied_checkpoint, refuse_to_drop_head, tied_weights_keys
+from .vision_tower_prefix_vlm import PatchGroups, build_tower, load_tower
 
 # what others read from `get_image_features`: on transformers 4 the features themselves, on 5 an output that holds them
 FEATURES_IN_OUTPUT = int(transformers.__version__.partition(".")[0]) >= 5
@@ -83,36 +84,22 @@ class PrefixVLMCausalLMOutputWithPast(ModelOutput):
 
 
 class PrefixVLMProjector(nn.Module):
-    """Linear - activation - Linear, from the width of the vision encoder to that of the language model (Fig. 2)."""
+    """Linear - activation - Linear, from the width of the vision encoder to that of the language model (Fig. 2).
+
+    Before them, `pixel_shuffle` or `mean_pooling` make one of neighbouring patches.
+    """
 
     def __init__(self, config: PrefixVLMConfig):
         super().__init__()
         text_width = config.text_config.hidden_size
         hidden_width = config.projector_hidden_size or text_width
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_width)
+        self.groups = PatchGroups(config.pixel_shuffle, config.mean_pooling)
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size * config.pixel_shuffle**2, hidden_width)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(hidden_width, text_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))
-
-
-class PrefixVLMVisionTower(nn.Module):
-    """Wraps a vision model whose class has no `vision_model` level of its own.
-
-    transformers 5 removed that level from SigLIP and CLIP; with it, weights have the same names on 4.x and 5.x.
-    """
-
-    def __init__(self, vision_model: PreTrainedModel):
-        super().__init__()
-        self.vision_model = vision_model
-
-    def forward(self, **kwargs):
-        return self.vision_model(**kwargs)
-
-
-def _nest(vision_model: PreTrainedModel) -> nn.Module:
-    return vision_model if hasattr(vision_model, "vision_model") else PrefixVLMVisionTower(vision_model)
+        return self.linear_2(self.act(self.linear_1(self.groups(features))))
 
 
 class PrefixVLMPreTrainedModel(PreTrainedModel):
@@ -219,20 +206,18 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
     `PrefixVLMForConditionalGeneration` read the same checkpoints.
     """
 
-    def __init__(self, config: PrefixVLMConfig, vision_model=None, language_model=None):
+    def __init__(self, config: PrefixVLMConfig, vision_tower=None, language_model=None):
         super().__init__(config)
-        for given in (vision_model, language_model):
+        for given in (vision_tower, language_model):
             for module in given.modules() if given is not None else ():
                 module._is_hf_initialized = True  # else post_init on 4.x reinitialises what resizing has replaced
-        if vision_model is None:
-            vision_model = AutoModel.from_config(config.vision_config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.vision_tower = _nest(vision_model)
+        self.vision_tower = build_tower(config) if vision_tower is None else vision_tower
         self.projector = PrefixVLMProjector(config)
         self.language_model = language_model
         self._tied_weights_keys = tied_weights_keys(language_model, "language_model.")
-        parts = (vision_model, language_model)
+        parts = [module for module in self.modules() if isinstance(module, PreTrainedModel) and module is not self]
         self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
         self.post_init()
         # the backbones also name layers that are absent here, and accelerate refuses to shard a model by those
@@ -255,7 +240,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         return self.language_model.get_decoder()
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (I, C, H, W) to the encoder's patch features (I, P, width of the encoder).
+        """Images (I, C, H, W) to the encoder's patch features (I, G * G, width of the encoder), before any compression.
 
         Raises:
             ValueError: for images of another shape than the encoder's.
@@ -266,7 +251,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         """Images (I, C, H, W) to projected features (I, P, D), as models of transformers give them to those who call it.
 
         Args:
-            kwargs: arguments of the encoder, such as `output_hidden_states`.
+            kwargs: arguments of the encoder, such as `output_hidden_states`; and `vision_feature_layer`, which can only be
+                what the configuration says.
 
         Returns:
             On transformers 4 the features. On 5 the encoder's output, `last_hidden_state` being its patch features, with
@@ -276,7 +262,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             ValueError: for images of another shape than the encoder's, or a choice of features that this model lacks.
         """
         as_tuple = kwargs.pop("return_dict", None) is False
-        _refuse_choice_of_features(kwargs)
+        self._refuse_choice_of_features(kwargs)
         output = self._encode(pixel_values, **kwargs)
         features = self._project(output.last_hidden_state)
         if not FEATURES_IN_OUTPUT:
@@ -284,8 +270,20 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         output = BaseModelOutputWithPooling(**{**output, "pooler_output": features})
         return output.to_tuple() if as_tuple else output
 
+    def _refuse_choice_of_features(self, kwargs: dict) -> None:
+        """Takes arguments of LLaVA out of `kwargs`; raises a ValueError for one that asks for other features."""
+        own = self.config.vision_feature_layer
+        if kwargs.pop("vision_feature_layer", None) not in (None, own):
+            raise ValueError(f"vision_feature_layer is {own} in this model, which has no later layers; leave it out.")
+        for name in ("vision_feature_select_strategy", "image_sizes", "interpolate_pos_encoding"):
+            if kwargs.pop(name, None):
+                raise ValueError(
+                    f"{name} cannot be chosen: images have the encoder's size, and the projector reads all patch features; "
+                    "leave it out."
+                )
+
     def _encode(self, pixel_values: torch.Tensor, **kwargs) -> ModelOutput:
-        """The encoder's output for images (I, C, H, W), its `last_hidden_state` (I, P, ...) without a class token."""
+        """The encoder's output for images (I, C, H, W), its `last_hidden_state` (I, G * G, ...) of patches alone."""
         pixel_values = pixel_values.flatten(0, -4)  # (B, n, C, H, W) is accepted too
         shape = self._image_shape
         if pixel_values.shape[1:] != shape:
@@ -296,8 +294,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
         with cpu_products(self, pixel_values):
             output = self.vision_tower(pixel_values=pixel_values, return_dict=True, **kwargs)
-        # CLIP-like encoders put a class token before the patches
-        output["last_hidden_state"] = output.last_hidden_state[:, -self.config.num_image_tokens :]
+        # class, distillation and register tokens stand before the patches
+        output["last_hidden_state"] = output.last_hidden_state[:, -(self.config.patch_grid**2) :]
         return output
 
     @property
@@ -451,7 +449,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already contains image features.
             document_ids: (B, T), the packed sample of each position; documents do not attend to each other. By default
                 they follow from `position_ids`.
-            vision_features: (I, P, width of the encoder), from `get_vision_features`, instead of `pixel_values`.
+            vision_features: (I, G * G, width of the encoder), from `get_vision_features`, instead of `pixel_values`.
 
         Raises:
             ValueError: if image tokens and image features differ in number, a prompt exceeds the decoder's context, a
@@ -470,7 +468,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
         length = inputs_embeds.shape[1]
         cache_position = kwargs.get("cache_position")
-        _refuse_choice_of_features(kwargs)
+        self._refuse_choice_of_features(kwargs)
         if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
             if document_ids is None and is_empty(past_key_values):
                 document_ids = documents(length, position_ids, **kwargs)
@@ -509,8 +507,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
 
     accepts_loss_kwargs = True
 
-    def __init__(self, config: PrefixVLMConfig, vision_model=None, language_model=None):
-        super().__init__(config, vision_model, language_model)
+    def __init__(self, config: PrefixVLMConfig, vision_tower=None, language_model=None):
+        super().__init__(config, vision_tower, language_model)
         # never generated: an image token in the output would ask for an image that was not given
         self.generation_config.bad_words_ids = [[config.image_token_id]]  # ten times faster than suppress_tokens
 
@@ -533,33 +531,32 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         text: str = "Qwen/Qwen2.5-0.5B",
         dtype: torch.dtype = torch.float32,
         device_map=None,
+        image_size: int | None = None,
         **config,
     ) -> "PrefixVLMForConditionalGeneration":
         """Joins two pretrained backbones with a new projector.
 
         Args:
-            vision: Hub id or folder of a SigLIP, SigLIP 2 or CLIP-like model (of a two-tower model, the image tower).
+            vision: Hub id or folder of a SigLIP, SigLIP 2, CLIP, DINOv2 or ViT-like model (of a two-tower model, the image
+                tower), or of a convolutional one of timm.
             text: Hub id or folder of any decoder that `AutoModelForCausalLM` loads and that obeys a 4D mask.
             dtype: the dtype of all weights.
             device_map: of the weights of each half, as in transformers; needs accelerate.
+            image_size: side of the images in pixels, to which position embeddings are interpolated once; by default that
+                of the pictures which the vision model's preprocessor makes.
             config: fields of `PrefixVLMConfig`, such as `attention_mode` and `projector_hidden_size`; and arguments of
                 transformers for the Hub (`cache_dir`, `revision`, `token`, ...), which go to both.
 
         Raises:
-            ValueError: for a vision model without square patches or with missing weights, or a decoder that ignores the
-                mask or whose head does more than this class supports.
+            ValueError: for a vision model without square patches or with missing weights, an image size or a field of the
+                configuration that does not fit it, or a decoder that ignores the mask or whose head does more than this
+                class supports.
         """
         hub = {name: config.pop(name) for name in HUB_KWARGS if name in config}
-        weights = {"dtype": dtype, "output_loading_info": True, **hub}
+        weights = {"dtype": dtype, **hub}
         if device_map is not None:
             weights["device_map"] = device_map
-        vision_config = AutoConfig.from_pretrained(vision, **hub)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        if not isinstance(getattr(vision_config, "image_size", None), int):
-            raise ValueError(
-                f"{vision} is a {vision_config.model_type} model without a fixed square image size; choose a "
-                "SigLIP, SigLIP 2 or CLIP model of fixed resolution."
-            )
+        backbone = vision_backbone(vision, image_size, **hub)
         text_config = AutoConfig.from_pretrained(text, **hub)
         refuse_to_drop_head(text, config.get("tie_word_embeddings"), text_config.tie_word_embeddings)
         tokenizer = _tokenizer(text, **hub)
@@ -568,13 +565,12 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             image_token_id = _image_token_id(tokenizer, text_config)
         vocabulary = max(image_token_id + 1, text_config.vocab_size, 0 if tokenizer is None else len(tokenizer))
         joint = PrefixVLMConfig(
-            vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, dtype=dtype, **config
+            vision_config=backbone.config, text_config=text_config, image_token_id=image_token_id, dtype=dtype, **config
         )
-        vision_class = AutoModel._model_mapping[type(joint.vision_config)]
-        vision_model, report = vision_class.from_pretrained(vision, config=joint.vision_config, **weights)
-        if report["missing_keys"]:
-            raise ValueError(f"{vision} lacks weights of the vision encoder: {sorted(report['missing_keys'])[:3]}.")
-        language_model, report = AutoModelForCausalLM.from_pretrained(text, config=joint.text_config, **weights)
+        tower = load_tower(backbone, joint, **weights)
+        language_model, report = AutoModelForCausalLM.from_pretrained(
+            text, config=joint.text_config, output_loading_info=True, **weights
+        )
         if text_config.tie_word_embeddings:
             fill_head(language_model, report["missing_keys"])
         if report["missing_keys"]:
@@ -582,7 +578,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         if vocabulary > language_model.get_input_embeddings().num_embeddings:
             language_model.resize_token_embeddings(vocabulary, mean_resizing=False)
             joint.text_config.vocab_size = vocabulary
-        model = cls(joint, vision_model, language_model).to(dtype).eval()
+        model = cls(joint, tower, language_model).to(dtype).eval()
         model.projector.to(model.get_input_embeddings().weight.device)
         model._check_decoder(text)
         model.generation_config.eos_token_id = language_model.generation_config.eos_token_id
@@ -791,16 +787,6 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return self._update_causal_mask(
             attention_mask, is_image, inputs_embeds, past_key_values, cache_position=cache_position
         )
-
-
-def _refuse_choice_of_features(kwargs: dict) -> None:
-    """Takes arguments of LLaVA that have no meaning here out of `kwargs`; raises a ValueError if one is given."""
-    for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "interpolate_pos_encoding"):
-        if kwargs.pop(name, None):
-            raise ValueError(
-                f"{name} cannot be chosen: images have the encoder's size, and the projector reads all patch features of "
-                "its last layer; leave it out."
-            )
 
 
 def _by(shape) -> str:

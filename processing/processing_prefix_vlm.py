@@ -13,8 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
@@ -27,7 +26,9 @@ from ..configuration.configuration_prefix_vlm import (
     PUSH_KWARGS,
     TURN_END_TOKEN,
     TURN_START_TOKEN,
+    image_tokens,
 )
+from ..configuration.vision_backbone_prefix_vlm import vision_backbone
 from .images_prefix_vlm import load_image
 from .text_prefix_vlm import ControlTokens
 
@@ -102,14 +103,6 @@ def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
     return template.replace("TURN_START", TURN_START_TOKEN).replace("TURN_END", TURN_END_TOKEN)
 
 
-def siglip_image_processor(image_size: int, **kwargs):
-    """SigLIP's image processor for square images of `image_size` pixels; needs no torchvision."""
-    # on transformers 5 the plain name is the class for torchvision, and merely accessing it warns
-    has_pil_class = hasattr(transformers, "SiglipImageProcessorPil")
-    image_processor = transformers.SiglipImageProcessorPil if has_pil_class else transformers.SiglipImageProcessor
-    return image_processor(size={"height": image_size, "width": image_size}, **kwargs)
-
-
 class PrefixVLMProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
 
@@ -148,7 +141,14 @@ class PrefixVLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(
-        cls, vision: str = "google/siglip-so400m-patch14-224", text: str = "Qwen/Qwen2.5-0.5B", **kwargs
+        cls,
+        vision: str = "google/siglip-so400m-patch14-224",
+        text: str = "Qwen/Qwen2.5-0.5B",
+        image_size: int | None = None,
+        center_crop: bool = False,
+        pixel_shuffle: int = 1,
+        mean_pooling: int = 1,
+        **kwargs,
     ) -> "PrefixVLMProcessor":
         """The processor that matches `PrefixVLMForConditionalGeneration.from_backbones(vision, text)`.
 
@@ -157,22 +157,23 @@ class PrefixVLMProcessor(ProcessorMixin):
 
         Args:
             vision, text: Hub ids or folders.
+            image_size, pixel_shuffle, mean_pooling: as given for the model.
+            center_crop: prepare pictures as the vision model's own preprocessor does even where that cuts off their edges;
+                by default whole pictures are resized, and a line says so.
             kwargs: arguments of this class, and of transformers for the Hub (`cache_dir`, `revision`, `token`, ...).
+
+        Raises:
+            ValueError: for an unusable vision model or image size, or a compression that does not divide its patches.
         """
         hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
-        config = AutoConfig.from_pretrained(vision, **hub)
-        config = getattr(config, "vision_config", config)
+        backbone = vision_backbone(vision, image_size, **hub)
         tokenizer = AutoTokenizer.from_pretrained(text, **hub)
         tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        try:
-            image_processor = AutoImageProcessor.from_pretrained(vision, **hub)
-        except OSError:  # a folder of weights alone
-            image_processor = siglip_image_processor(config.image_size)
-        num_image_tokens = (config.image_size // config.patch_size) ** 2
-        return cls(image_processor, tokenizer, num_image_tokens=num_image_tokens, **kwargs)
+        num_image_tokens = image_tokens(backbone.patch_grid, pixel_shuffle, mean_pooling)
+        return cls(backbone.image_processor(center_crop), tokenizer, num_image_tokens=num_image_tokens, **kwargs)
 
     @property
     def model_input_names(self):

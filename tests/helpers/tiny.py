@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|image_pad|>", "<|im_start|>", "<|im_end|>"]
 IMAGE_TOKEN_ID = 1

@@ -116,10 +116,12 @@ def join(saved):
 
 
 def image_tower_weights(model) -> dict:
-    """The image tower's weights by the names they have inside `vision_model`, without SigLIP's pooling head."""
+    """The image tower's weights by the names they have inside `vision_model`, without what no patch feature passes:
+    SigLIP's pooling head, CLIP's norm of the class token."""
     tower = getattr(model, "vision_model", model)
     weights = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
-    return {name: value for name, value in weights.items() if not name.startswith("head.")}
+    others = ("head.", "post_layernorm.") if "pre_layrnorm.weight" in weights else ("head.",)
+    return {name: value for name, value in weights.items() if not name.startswith(others)}
 
 
 def same(left: dict, right: dict):

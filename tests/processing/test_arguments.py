@@ -7,7 +7,7 @@ from PIL import Image
 from tiny import tiny_processor, tiny_tokenizer
 
 from prefixvlm import PrefixVLMProcessor
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 
 PROCESSOR = tiny_processor()
 IMAGE = PROCESSOR.image_token

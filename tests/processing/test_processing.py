@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPConfig, PreTrainedTokenizerFast
 
 from prefixvlm import PrefixVLMProcessor
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 
 PROCESSOR = tiny_processor()
 P = PROCESSOR.num_image_tokens

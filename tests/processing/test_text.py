@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from prefixvlm import PrefixVLMProcessor
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 from prefixvlm.processing.text_prefix_vlm import ESCAPE, START, ControlTokens
 
 IMAGE, TURN_START, TURN_END = "<|image_pad|>", "<|im_start|>", "<|im_end|>"

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from prefixvlm.configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.inference.loading import base_of_adapter, dtype_named, load, one_line
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
 from prefixvlm.train.data.noise import MASK_TOKEN
 from prefixvlm.train.recipes.schema import ModelRecipe
 

@@ -108,7 +108,7 @@ def model_card(folder) -> str | None:
     template = resources.files(f"{PACKAGE}.configuration").joinpath("model_card.md").read_text(encoding="utf-8")
     return template.format(
         vision_type=config.vision_config.model_type,
-        vision_shape=f"{config.vision_config.num_hidden_layers} layers of {config.vision_config.hidden_size}",
+        vision_shape=_vision_shape(config),
         image_size=config.vision_config.image_size,
         num_image_tokens=config.num_image_tokens,
         text_type=config.text_config.model_type,
@@ -120,6 +120,14 @@ def model_card(folder) -> str | None:
         text_parameters=f"{count['language_model']:,}",
         total_parameters=f"{sum(count.values()):,}",
     )
+
+
+def _vision_shape(config: PrefixVLMConfig) -> str:
+    vision, layers = config.vision_config, config.num_vision_layers
+    if layers is None:
+        return f"{vision.architecture}, {vision.hidden_size} wide"
+    of = "" if layers == vision.num_hidden_layers else f" of {vision.num_hidden_layers}"
+    return f"{layers}{of} layers, {vision.hidden_size} wide" if of else f"{layers} layers of {vision.hidden_size}"
 
 
 def _config(folder) -> PrefixVLMConfig | None:

@@ -32,10 +32,10 @@ def describe(name: str) -> str:
     hidden = config.projector_hidden_size or config.text_config.hidden_size
     lines += [
         "",
-        f"Projector: {config.vision_config.hidden_size} -> {hidden} -> {config.text_config.hidden_size}. The paper names "
-        "two layers and 18 M parameters, not the width between: 8960 gives 18.36 M, the text width 896 gives 1.84 M.",
+        f"Projector: {model.projector.linear_1.in_features} -> {hidden} -> {config.text_config.hidden_size}. The paper "
+        "names two layers and 18 M parameters, not the width between: 8960 gives 18.36 M, the text width 896 gives 1.84 M.",
         f"Image tokens: {config.num_image_tokens} ({config.vision_config.image_size} pixels, patches of "
-        f"{config.vision_config.patch_size}).",
+        f"{config.vision_config.patch_size}{_compression(config)}).",
         f"Attention: {config.attention_mode}.",
         "",
         f"FLOPs of one training sample, an image and {TEXT_TOKENS} text tokens (2 a weight and token forward, 2 more where "
@@ -46,6 +46,13 @@ def describe(name: str) -> str:
         flops = training_flops(model, stage.trains, 1, tokens, tokens**2, TEXT_TOKENS)
         lines.append(f"  stage {number}: {flops / 1e9:,.1f} GFLOPs")
     return "\n".join(lines)
+
+
+def _compression(config: PrefixVLMConfig) -> str:
+    for name in ("pixel_shuffle", "mean_pooling"):
+        if (group := getattr(config, name)) > 1:
+            return f", {name} {group}"
+    return ""
 
 
 def _config(name: str) -> PrefixVLMConfig:

@@ -114,6 +114,8 @@ class ModelRecipe(Checked):
         vision, text: Hub ids or folders of pretrained backbones, or the fields of configurations for random weights.
         tokenizer: Hub id or folder, by default that of `text`; or the fields of a `TokenizerRecipe`.
         image_mean, image_std: of red, green and blue, for the image processor of a model with random weights.
+        image_size: side of the pictures of a pretrained `vision`, in pixels; by default what its preprocessor makes.
+        center_crop: let its preprocessor cut off the edges of pictures, if it does; else whole pictures are resized.
         config: further fields of `PrefixVLMConfig`, but for the attention mode, which is that of each stage.
         dtype: of the weights.
         revision, token, cache_dir: for the Hub, as in transformers; of two backbones they go to both.
@@ -125,6 +127,8 @@ class ModelRecipe(Checked):
     tokenizer: Annotated[NameOrFields, AfterValidator(_tokenizer)] | None = None
     image_mean: Channels | None = None
     image_std: PositiveChannels | None = None
+    image_size: AtLeastOne | None = None
+    center_crop: bool = False
     config: PlainDict = {}
     dtype: Dtype = "float32"
     revision: Text | None = None
@@ -158,12 +162,17 @@ class ModelRecipe(Checked):
     def _is_enough(self) -> "ModelRecipe":
         if self.start is None and (self.vision is None or self.text is None):
             raise ValueError("needs `start`, or `vision` and `text`.")
-        parts = ("vision", "text", "tokenizer", "image_mean", "image_std", "config")
+        parts = ("vision", "text", "tokenizer", "image_mean", "image_std", "image_size", "center_crop", "config")
         others = [name for name in parts if getattr(self, name)]
         if self.start is not None and others:
             raise ValueError(
                 f"has `start`, a whole model, and beside it {', '.join(others)}, which nothing would read; leave one of "
                 "them out."
+            )
+        if isinstance(self.vision, dict) and (self.image_size or self.center_crop):
+            raise ValueError(
+                "has image_size or center_crop, which are for a pretrained `vision`; leave them out, and set "
+                "vision.image_size."
             )
         return self
 

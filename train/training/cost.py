@@ -3,14 +3,17 @@
 Shapes: T tokens of a sample, P image tokens, D width.
 """
 
+import copy
 import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from prefixvlm.modeling_vlm.cpu_prefix_vlm import product_dtype
 from prefixvlm.train.recipes.stages import MODULES
@@ -65,12 +68,16 @@ def training_flops(
         supervised: tokens that the language head runs on.
         encoded_images: how many of the images go through the encoder rather than come from a cache; all by default.
     """
-    config = model.config
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    config, size = model.config, model.config.vision_config.image_size
+    patches = config.patch_grid**2
     encoded = images if encoded_images is None else encoded_images
     seen = {"vision_tower": encoded * patches, "projector": images * config.num_image_tokens, "language_model": tokens}
     squares = {"vision_tower": encoded * patches**2, "projector": 0, "language_model": squared_lengths}
-    halves = {"vision_tower": config.vision_config, "language_model": config.text_config}
+    # width and number of layers of what attends
+    attends = {
+        "vision_tower": (config.vision_config, config.num_vision_layers),
+        "language_model": (config.text_config, config.text_config.num_hidden_layers),
+    }
     gradient_runs = False
     flops = 0.0
     for module in MODULES:
@@ -84,9 +91,13 @@ def training_flops(
             flops += 2 * supervised * head.numel() * (2 + (trains[module] and head.requires_grad))
         # gradients flow through a frozen decoder to the projector; a frozen encoder needs none
         gradient_runs = gradient_runs or trains[module]
+        if module == "vision_tower" and config.num_vision_layers is None:
+            flops += encoded * _counted_flops(part, size) * (1 + 2 * gradient_runs)
+            continue
         flops += 2 * seen[module] * (weights * (1 + gradient_runs) + trainable)
-        if module in halves:
-            attention = 4 * squares[module] * _attention_width(halves[module]) * halves[module].num_hidden_layers
+        if module in attends:
+            half, layers = attends[module]
+            attention = 4 * squares[module] * _attention_width(half) * layers
             flops += attention * (1 + 2 * gradient_runs)
     return flops
 
@@ -96,10 +107,20 @@ def _attention_width(config) -> int:
     return head_width * config.num_attention_heads
 
 
+@lru_cache(maxsize=1)
+def _counted_flops(encoder: nn.Module, size: int) -> int:
+    """Of one image, where layers see more positions than there are patches, as in convolutional encoders."""
+    copied = copy.deepcopy(encoder).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copied(pixel_values=torch.zeros(1, 3, size, size, device="meta"))
+    return counter.get_total_flops()
+
+
 def _weights(part: nn.Module, trains: bool) -> tuple[int, int]:
     """The weights that take part in matrix products, and how many of them train. Embeddings are looked up."""
     embeddings = {id(module.weight) for module in part.modules() if isinstance(module, nn.Embedding)}
-    weights = [weight for weight in part.parameters() if weight.ndim > 1 and id(weight) not in embeddings]
+    # a leading 1 have the tables of positions and of class tokens that some encoders add
+    weights = [w for w in part.parameters() if w.ndim > 1 and len(w) > 1 and id(w) not in embeddings]
     trainable = sum(weight.numel() for weight in weights if trains and weight.requires_grad)
     return sum(weight.numel() for weight in weights), trainable
 

@@ -20,9 +20,9 @@ from prefixvlm.train.recipes.schema import LoraRecipe
 from prefixvlm.train.recipes.stages import Stage
 from prefixvlm.train.training.checkpoints import complete_or_absent
 
-# by the names that SigLIP, CLIP, Qwen, Llama and similar models give to attention and MLP layers
+# by the names that SigLIP, CLIP, ViT, DINOv2, Qwen, Llama and similar models give to attention and MLP layers
 LAYERS = {
-    "vision_tower": "q_proj|k_proj|v_proj|out_proj|fc1|fc2",
+    "vision_tower": "q_proj|k_proj|v_proj|o_proj|out_proj|query|key|value|dense|fc1|fc2",
     "projector": "linear_1|linear_2",
     "language_model": "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj",
 }

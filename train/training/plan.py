@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration
+from prefixvlm.inference.auto import PrefixVLMForConditionalGeneration
 from prefixvlm.inference.environment import choose_device
 from prefixvlm.inference.loading import refuse_missing_path
 from prefixvlm.train.data.collator import ConversationCollator
@@ -27,7 +27,7 @@ from prefixvlm.train.recipes.stages import MODULES
 from prefixvlm.train.training import lora
 from prefixvlm.train.training.cost import training_flops
 from prefixvlm.train.training.run import all_texts, chosen_stages
-from prefixvlm.train.training.starting_model import PAPER_PAIR, build, refuse_random_start
+from prefixvlm.train.training.starting_model import PAPER_PAIR, build, paper_config, refuse_random_start
 
 SAMPLE = 256  # rows that are tokenized to estimate lengths
 TEXT_TOKENS = 128  # of a sample whose data cannot be read
@@ -80,8 +80,7 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
         if (model_recipe.vision, model_recipe.text) != PAPER_PAIR:
             raise
         # the tokenizer is on the Hub; everything else about the paper's pair is built in
-        config = PrefixVLMConfig.from_preset("paper", **model_recipe.config)
-        model = PrefixVLMForConditionalGeneration(config)
+        model = PrefixVLMForConditionalGeneration(paper_config(model_recipe))
     lines = [
         f"Model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_image_tokens} image tokens."
     ]

@@ -6,8 +6,13 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from prefixvlm.configuration.configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TOKEN
-from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.configuration_prefix_vlm import (
+    IMAGE_TOKEN,
+    PAPER_VISION,
+    TURN_END_TOKEN,
+    TURN_START_TOKEN,
+)
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor, vision_backbone
 from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.inference.loading import base_of_adapter, dtype_named, load, one_line
 from prefixvlm.train.data.noise import MASK_TOKEN
@@ -56,9 +61,17 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
             if getattr(recipe, key) is not None:
                 raise ValueError(f"model.{key} is for random weights; pretrained backbones bring their own. Leave it out.")
         try:
-            processor = PrefixVLMProcessor.from_backbones(recipe.vision, recipe.text, **recipe.hub)
+            sizes = {key: recipe.config[key] for key in ("pixel_shuffle", "mean_pooling") if key in recipe.config}
+            processor = PrefixVLMProcessor.from_backbones(
+                recipe.vision, recipe.text, recipe.image_size, recipe.center_crop, **sizes, **recipe.hub
+            )
             model = PrefixVLMForConditionalGeneration.from_backbones(
-                recipe.vision, recipe.text, dtype=dtype_named(recipe.dtype), **recipe.hub, **recipe.config
+                recipe.vision,
+                recipe.text,
+                dtype=dtype_named(recipe.dtype),
+                image_size=recipe.image_size,
+                **recipe.hub,
+                **recipe.config,
             )
         except OSError as error:
             raise ValueError(f"A backbone cannot be loaded ({one_line(error)}).") from error
@@ -67,17 +80,23 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
     return model, processor
 
 
+def paper_config(recipe: ModelRecipe) -> PrefixVLMConfig:
+    """The paper's pair, which is built in, in a recipe's image size and with its settings."""
+    vision = {**PAPER_VISION, "image_size": recipe.image_size or PAPER_VISION["image_size"]}
+    return PrefixVLMConfig.from_preset("paper", vision_config=vision, **recipe.config)
+
+
 def _shapes(recipe: ModelRecipe) -> dict:
-    """The configurations of two named backbones, as a recipe's `vision` and `text`; the paper's pair is built in."""
+    """The configurations of two named backbones, as a recipe's `vision` and `text`."""
     if (recipe.vision, recipe.text) == PAPER_PAIR:
-        config = PrefixVLMConfig.from_preset("paper")
+        config = paper_config(recipe)
         vision, text = config.vision_config, config.text_config
     else:
         try:
-            vision, text = (AutoConfig.from_pretrained(name, **recipe.hub) for name in (recipe.vision, recipe.text))
+            vision = vision_backbone(str(recipe.vision), recipe.image_size, **recipe.hub).config
+            text = AutoConfig.from_pretrained(recipe.text, **recipe.hub)
         except (OSError, ValueError) as error:
             raise ValueError(f"The shape of a backbone cannot be read ({one_line(error)}).") from error
-        vision = getattr(vision, "vision_config", vision)
     return {"vision": vision.to_dict(), "text": text.to_dict(), "tokenizer": recipe.tokenizer or recipe.text}
 
 

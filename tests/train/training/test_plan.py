@@ -52,7 +52,7 @@ def test_a_dry_run_counts_and_writes_nothing(rows, capsys):
 def test_the_paper_recipe_is_planned_without_the_hub(monkeypatch, capsys):
     # at full size a step takes minutes here
     monkeypatch.setattr(planning, "_measured", lambda *args: "not in a test")
-    monkeypatch.setattr(planning.PrefixVLMConfig, "from_preset", small_paper)
+    monkeypatch.setattr(PrefixVLMConfig, "from_preset", small_paper)
     assert main(["train", "paper", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert [int(rows.replace(",", "")) for rows in re.findall(r"rows +([\d,]+)", out)] == [118000, 118000, 558000, 790000]
@@ -63,7 +63,8 @@ def test_the_paper_recipe_is_planned_without_the_hub(monkeypatch, capsys):
 
 def small_paper(name, **overrides):
     assert name == "paper"
-    overrides.pop("projector_hidden_size", None)
+    for field in ("projector_hidden_size", "vision_config"):
+        overrides.pop(field, None)
     return PrefixVLMConfig(**tiny_config().to_dict() | overrides)
 
 

@@ -102,6 +102,12 @@ def main(job: dict) -> dict:
         model.save_pretrained(job["save"]["folder"])
         processor.save_pretrained(job["save"]["folder"])
         result["saved"] = measure(model, processor, image)
+    if job.get("save_encoders"):
+        sys.modules.pop("prefixvlm", None)
+        sys.path.insert(0, job["save_encoders"]["helpers"])
+        from encoders import save_joined
+
+        result["encoders"] = save_joined(job["save_encoders"]["folder"], measure, image)
     result["version"] = transformers.__version__
     return result
 

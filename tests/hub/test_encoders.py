@@ -1,0 +1,44 @@
+"""A model of every kind of encoder loads where this package is not installed, also with the other version of transformers.
+
+The other direction needs a second Python with this package: PREFIXVLM_OTHER_PYTHON=/path/to/python.
+"""
+
+import os
+from pathlib import Path
+
+import encoders
+import pytest
+import torch
+
+OTHER_PYTHON = os.environ.get("PREFIXVLM_OTHER_PYTHON")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, run_clean, measure, photo):
+    """What the one who saves and the one who loads say of each model, by encoder and by who saved and loaded it."""
+    here, there = (tmp_path_factory.mktemp(name) for name in ("here", "there"))
+
+    def folders(root) -> dict:
+        return {name: str(root / name) for name in encoders.ENCODERS}
+
+    saved = {"here": encoders.save_joined(here, measure, photo)}
+    loaded = {"here": run_clean({"folders": folders(here)})}
+    if OTHER_PYTHON:
+        save = {"folder": str(there), "helpers": str(Path(encoders.__file__).parent)}
+        far = run_clean({"folders": folders(here), "save_encoders": save}, python=OTHER_PYTHON)
+        saved |= {"here, loaded there": saved["here"], "there": far["encoders"]}
+        loaded |= {"here, loaded there": far, "there": run_clean({"folders": folders(there)})}
+    return saved, loaded
+
+
+@pytest.mark.parametrize("name", encoders.ENCODERS)
+@pytest.mark.parametrize("direction", ["here", "here, loaded there", "there"])
+def test_a_clean_process_sees_the_same_model(direction, name, pairs):
+    if direction != "here" and not OTHER_PYTHON:
+        pytest.skip("PREFIXVLM_OTHER_PYTHON names no Python with other transformers")
+    saved, loaded = (one[direction][name] for one in pairs)
+    assert (saved["input_ids"] == 1).sum() == 2 * 9  # two questions, 6 x 6 patches in groups of four
+    for key in ("input_ids", "attention_mask", "pixel_values", "generated"):
+        assert torch.equal(saved[key], loaded[key]), key
+    valid = saved["attention_mask"].bool()
+    torch.testing.assert_close(loaded["logits"][valid], saved["logits"][valid], rtol=0, atol=1e-4)

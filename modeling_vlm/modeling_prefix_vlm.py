@@ -116,7 +116,9 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True  # 4.x asks this before it allows a static cache
 
     def _init_weights(self, module):
-        # only the projector reaches this: the two backbones initialise themselves
+        # only the projector and timm models reach this: transformers' backbones initialise themselves
+        if hasattr(module, "init_non_persistent_buffers"):  # timm's name for values that are not among the weights
+            module.init_non_persistent_buffers()
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, mean=0.0, std=getattr(self.config.text_config, "initializer_range", 0.02))
             if module.bias is not None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import logging, requires_backends
 
 logger = logging.get_logger(__name__)
 
@@ -82,9 +82,15 @@ def vision_backbone(name: str, image_size: int | None = None, **hub) -> VisionBa
         hub: arguments of transformers for the Hub.
 
     Raises:
-        ValueError: for a model without a fixed square size or square patches, or a size that its patches do not fill.
+        ValueError: for a model without a fixed square size or square patches, a size that its patches do not fill, or a
+            model of timm without timm.
     """
-    config = AutoConfig.from_pretrained(name, **hub)
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        if config.model_type == TIMM:
+            requires_backends(config, "timm")
+    except ImportError as error:
+        raise ValueError(f"{name} is a model of timm, which is missing; run: pip install 'prefixvlm[timm]'") from error
     config = getattr(config, "vision_config", config)
     if config.model_type == TIMM:
         preprocessor = _timm_preprocessor(config)

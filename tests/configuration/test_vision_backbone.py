@@ -8,7 +8,8 @@ import torch
 import transformers
 from encoders import VISION, encoder, save_decoder
 from PIL import Image
-from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, TimmWrapperConfig, ViTConfig
+from transformers.utils import is_timm_available
 
 from prefixvlm import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor, vision_backbone
@@ -129,3 +130,11 @@ def test_a_crop_of_another_size_than_the_models_is_refused(save):
 def test_a_crop_without_a_preprocessor_is_refused(save):
     with pytest.raises(ValueError, match="leave out center_crop"):
         vision_backbone(save(SiglipVisionConfig(**VISION))).image_processor(center_crop=True)
+
+
+def test_a_timm_model_without_timm_is_refused(save):
+    if is_timm_available():
+        pytest.skip("timm is installed")
+    folder = save(TimmWrapperConfig(architecture="resnet10t", label_names=["a", "b"]))
+    with pytest.raises(ValueError, match=r"is a model of timm, which is missing; run: pip install 'prefixvlm\[timm\]'"):
+        vision_backbone(folder)

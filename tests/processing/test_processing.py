@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, P image tokens (4 here).
 
 import base64
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from real_tokenizers import tokenizer_folder
 from tiny import IMAGE_TOKEN_ID, tiny_processor, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPConfig, PreTrainedTokenizerFast
@@ -25,7 +25,6 @@ P = PROCESSOR.num_image_tokens
 IMAGE, START, END, EOS = "<|image_pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 START_ID, END_ID = PROCESSOR.tokenizer.convert_tokens_to_ids([START, END])
 IGNORE = -100
-QWEN = Path(__file__).resolve().parents[2].parent / "shared" / "tokenizers" / "qwen2.5"
 
 NESTED = "<|<|image_pad|>image_pad|>"
 PIECES = [IMAGE, START, END, "<|", "|>", "image_pad", "im_end", "im_start", NESTED, "\n", " ", "é", "a"]
@@ -616,9 +615,7 @@ def save_bare(tokenizer, folder) -> str:
 
 @pytest.fixture(scope="module")
 def qwen():
-    if not QWEN.is_dir():
-        pytest.skip(f"the vocabulary of Qwen2.5 is not at {QWEN}")
-    tokenizer = AutoTokenizer.from_pretrained(str(QWEN))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder("qwen2.5"))
     return PrefixVLMProcessor(siglip_image_processor(224), tokenizer)
 
 

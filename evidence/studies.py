@@ -150,7 +150,7 @@ def train(output: Path, seed: int, model: dict, stages: dict[int, dict]) -> tupl
     """Runs a recipe; returns the last stage's folder and the run's losses, operations, seconds and hash of weights."""
     recipe = parse_recipe({"output": str(output), "seed": seed, "logging_steps": 5, "model": model, "stages": stages})
     started = time.perf_counter()
-    folder = run_recipe(recipe)
+    folder = run_recipe(recipe, overwrite=True)  # a run may be whole, and what it came to not yet written
     losses = {}
     for number in stages:
         history = json.loads((stage_folder(output, number) / "history.json").read_text())

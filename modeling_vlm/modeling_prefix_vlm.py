@@ -17,7 +17,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -31,10 +30,9 @@ from ..configuration.configuration_prefix_vlm import (
     IMAGE_TOKEN,
     PUSH_KWARGS,
     QWEN_IMAGE_TOKEN_ID,
-    TURN_END_TOKEN,
-    TURN_START_TOKEN,
     PrefixVLMConfig,
 )
+from ..configuration.conversation_prefix_vlm import load_tokenizer, turn_end_id
 from ..configuration.vision_backbone_prefix_vlm import vision_backbone
 from .cpu_prefix_vlm import cpu_products, one_token
 from .loss_prefix_vlm import head_and_loss, is_plain
@@ -534,6 +532,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         dtype: torch.dtype = torch.float32,
         device_map=None,
         image_size: int | None = None,
+        chat_template: str | None = None,
         **config,
     ) -> "PrefixVLMForConditionalGeneration":
         """Joins two pretrained backbones with a new projector.
@@ -546,6 +545,8 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             device_map: of the weights of each half, as in transformers; needs accelerate.
             image_size: side of the images in pixels, to which position embeddings are interpolated once; by default that
                 of the pictures which the vision model's preprocessor makes.
+            chat_template: `chatml` or `own`, as given to `PrefixVLMProcessor.from_backbones`: it decides which tokens the
+                vocabulary needs, and which one ends an answer.
             config: fields of `PrefixVLMConfig`, such as `attention_mode` and `projector_hidden_size`; and arguments of
                 transformers for the Hub (`cache_dir`, `revision`, `token`, ...), which go to both.
 
@@ -561,7 +562,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         backbone = vision_backbone(vision, image_size, **hub)
         text_config = AutoConfig.from_pretrained(text, **hub)
         refuse_to_drop_head(text, config.get("tie_word_embeddings"), text_config.tie_word_embeddings)
-        tokenizer = _tokenizer(text, **hub)
+        tokenizer = load_tokenizer(text, chat_template, **hub)
         image_token_id = config.pop("image_token_id", None)
         if image_token_id is None:
             image_token_id = _image_token_id(tokenizer, text_config)
@@ -589,10 +590,10 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         return model
 
     def set_stop_tokens(self, tokenizer) -> None:
-        """Makes `generate` stop also at a turn's end and at the tokenizer's end token, and pad as the tokenizer does."""
+        """Makes `generate` stop also at the end of a turn and of a text, and pad as the tokenizer does."""
         known = self.generation_config.eos_token_id
         known = known if isinstance(known, list) else [known]
-        ends = [tokenizer.get_vocab().get(TURN_END_TOKEN), tokenizer.eos_token_id, *known]
+        ends = [turn_end_id(tokenizer), tokenizer.eos_token_id, *known]
         self.generation_config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
         pad = tokenizer.pad_token_id
         self.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
@@ -793,15 +794,6 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
 
 def _by(shape) -> str:
     return " x ".join(map(str, shape))
-
-
-def _tokenizer(text: str, **hub):
-    """A decoder's tokenizer with the conversation tokens added; `None` for a folder of weights alone."""
-    if os.path.isdir(text) and not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in os.listdir(text)):
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(text, **hub)
-    tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
-    return tokenizer
 
 
 def _image_token_id(tokenizer, text_config) -> int:

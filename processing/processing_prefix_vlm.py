@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
@@ -24,11 +24,12 @@ from ..configuration.configuration_prefix_vlm import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
     PUSH_KWARGS,
-    TURN_END_TOKEN,
     TURN_START_TOKEN,
     image_tokens,
 )
+from ..configuration.conversation_prefix_vlm import blanks_before_answers, chat_template_of, load_tokenizer
 from ..configuration.vision_backbone_prefix_vlm import vision_backbone
+from .answers_prefix_vlm import answer_spans, refuse_dropped
 from .images_prefix_vlm import load_image
 from .text_prefix_vlm import ControlTokens
 
@@ -46,62 +47,6 @@ USED_TEXT_KWARGS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "p
 USED_TEXT_KWARGS |= {"return_attention_mask", "return_mm_token_type_ids", "return_tensors", "verbose"}
 RENDERING_KWARGS = ("add_generation_prompt", "continue_final_message")  # used outside of the template
 
-# ChatML, with the image before the first turn as the paper's sequence has it: <im>*P INST1 ans1 INST2 ans2 (section III-D).
-# Of several images, those that open the first message move to the front; the others stay in place.
-# message['role'], not message.role: attribute access is slow in Jinja's sandbox.
-CHAT_TEMPLATE = """\
-{%- if bos_token %}{{ bos_token }}{% endif -%}
-{%- set front = namespace(message=-1, images=0) -%}
-{%- for message in messages -%}
-  {%- if front.message < 0 and message['content'] is not string -%}
-    {%- set seen = namespace(images=0, leading=0, text=false) -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] in ('image', 'image_url') -%}
-        {%- set seen.images = seen.images + 1 -%}
-        {%- if not seen.text %}{% set seen.leading = seen.leading + 1 %}{% endif -%}
-      {%- else -%}
-        {%- set seen.text = true -%}
-      {%- endif -%}
-    {%- endfor -%}
-    {%- if seen.images -%}
-      {%- set front.message = loop.index0 -%}
-      {%- set front.images = 1 if seen.images == 1 else seen.leading -%}
-    {%- endif -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- for _ in range(front.images) %}{{ 'IMAGE_TOKEN' }}{% endfor -%}
-{%- for message in messages -%}
-  {%- set skip = namespace(images=front.images if loop.index0 == front.message else 0) -%}
-  {%- set body -%}
-    {%- if message['content'] is string -%}
-      {{- message['content'] -}}
-    {%- else -%}
-      {%- for part in message['content'] -%}
-        {%- if part['type'] in ('image', 'image_url') -%}
-          {%- if skip.images %}{% set skip.images = skip.images - 1 %}{% else %}{{ 'IMAGE_TOKEN' }}{% endif -%}
-        {%- elif part['type'] == 'text' -%}
-          {{- part['text'] -}}
-        {%- endif -%}
-      {%- endfor -%}
-    {%- endif -%}
-  {%- endset -%}
-  {{- 'TURN_START' + message['role'] + '\\n' -}}
-  {%- if message['role'] == 'assistant' -%}
-    {%- generation -%}{{- body + 'TURN_END' -}}{%- endgeneration -%}
-  {%- else -%}
-    {{- body + 'TURN_END' -}}
-  {%- endif -%}
-  {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ 'TURN_STARTassistant\\n' }}{% endif -%}
-"""
-
-
-def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
-    """The Jinja chat template for a tokenizer whose image token is `image_token`."""
-    template = CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
-    return template.replace("TURN_START", TURN_START_TOKEN).replace("TURN_END", TURN_END_TOKEN)
-
 
 class PrefixVLMProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
@@ -109,7 +54,8 @@ class PrefixVLMProcessor(ProcessorMixin):
     Args:
         image_processor: any transformers image processor.
         tokenizer: a tokenizer that knows `image_token`.
-        chat_template: Jinja; by default ChatML with the image in front.
+        chat_template: `chatml`, with the image in front; `own`, the tokenizer's, with images where they stand; or Jinja.
+            By default `own` if there is one that does not frame turns as ChatML does.
         num_image_tokens: P, tokens per image.
         image_token: the text that stands for one image feature.
     """
@@ -137,7 +83,7 @@ class PrefixVLMProcessor(ProcessorMixin):
                 f"The tokenizer has no token {image_token!r}; add it, or use PrefixVLMProcessor.from_backbones."
             )
         self._control: ControlTokens | None = None
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or default_chat_template(image_token))
+        super().__init__(image_processor, tokenizer, chat_template=chat_template_of(tokenizer, chat_template, image_token))
 
     @classmethod
     def from_backbones(
@@ -148,18 +94,20 @@ class PrefixVLMProcessor(ProcessorMixin):
         center_crop: bool = False,
         pixel_shuffle: int = 1,
         mean_pooling: int = 1,
+        chat_template: str | None = None,
         **kwargs,
     ) -> "PrefixVLMProcessor":
         """The processor that matches `PrefixVLMForConditionalGeneration.from_backbones(vision, text)`.
 
-        Adds the image token and ChatML's turn tokens where the tokenizer lacks them, and pads on the left, as batched
-        generation needs (training collators choose their own side).
+        Adds the image token, and with ChatML its turn tokens, where the tokenizer lacks them, and pads on the left, as
+        batched generation needs (training collators choose their own side).
 
         Args:
             vision, text: Hub ids or folders.
             image_size, pixel_shuffle, mean_pooling: as given for the model.
             center_crop: prepare pictures as the vision model's own preprocessor does even where that cuts off their edges;
                 by default whole pictures are resized, and a line says so.
+            chat_template: as for this class.
             kwargs: arguments of this class, and of transformers for the Hub (`cache_dir`, `revision`, `token`, ...).
 
         Raises:
@@ -167,13 +115,16 @@ class PrefixVLMProcessor(ProcessorMixin):
         """
         hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
         backbone = vision_backbone(vision, image_size, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(text, **hub)
-        tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        num_image_tokens = image_tokens(backbone.patch_grid, pixel_shuffle, mean_pooling)
-        return cls(backbone.image_processor(center_crop), tokenizer, num_image_tokens=num_image_tokens, **kwargs)
+        tokenizer = load_tokenizer(text, chat_template, **hub)
+        if tokenizer is None:
+            raise ValueError(f"{text} has no tokenizer; add its files, or name a model that has one.")
+        return cls(
+            backbone.image_processor(center_crop),
+            tokenizer,
+            tokenizer.chat_template,
+            num_image_tokens=image_tokens(backbone.patch_grid, pixel_shuffle, mean_pooling),
+            **kwargs,
+        )
 
     @property
     def model_input_names(self):
@@ -218,11 +169,9 @@ class PrefixVLMProcessor(ProcessorMixin):
         counts = [control_tokens.count_images(sample) for sample in texts]
         groups = self._images_by_text(images, counts)
         bos = self.tokenizer.bos_token
-        if bos and texts and texts[0].startswith(bos):  # rendered already, with all its special tokens
-            text_kwargs["add_special_tokens"] = False
         for index, (sample, count, group) in enumerate(zip(texts, counts, groups, strict=True)):
             if not count:
-                start = bos if bos and sample.startswith(bos) else ""
+                start = bos if bos and bos != TURN_START_TOKEN and sample.startswith(bos) else ""
                 texts[index] = start + self.image_token * len(group) + sample.removeprefix(start)
         samples = [[(sample, True)] for sample in texts]
         return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
@@ -249,8 +198,8 @@ class PrefixVLMProcessor(ProcessorMixin):
             conversation: messages `{"role": ..., "content": text or parts}`, or a list of such conversations. An image part
                 is `{"type": "image", "image" | "url" | "path" | "base64": ...}`; without a source it stands for one of
                 `images`, given as to `__call__`.
-            return_labels: with `tokenize` and `return_dict`, also return labels: the assistant's answers and their end
-                tokens, -100 elsewhere.
+            return_labels: with `tokenize` and `return_dict`, also return labels: what the template marks by
+                `{% generation %}`, or else the assistant's answers and the tokens that close them; -100 elsewhere.
             return_assistant_tokens_mask: also return `assistant_masks`, the same positions as a mask of 0 and 1.
             processor_kwargs, kwargs: arguments of the tokenizer and the image processor; all others go to the
                 template (`add_generation_prompt`, `continue_final_message`, ...).
@@ -261,7 +210,8 @@ class PrefixVLMProcessor(ProcessorMixin):
 
         Raises:
             ValueError: as `__call__`; for a message part that is neither text nor image; for image parts that are not one
-                for each image; or if labels are requested with a template that does not mark the answers.
+                for each image; for what the template refuses or leaves out; or if labels are requested, and the template
+                closes an answer with no control token.
             TypeError: for an argument that neither the template nor anything else uses.
         """
         text_kwargs, image_kwargs, template_kwargs = self._sorted_kwargs(kwargs, processor_kwargs or {})
@@ -271,8 +221,6 @@ class PrefixVLMProcessor(ProcessorMixin):
         with_labels = return_labels or return_assistant_tokens_mask
         if with_labels and not (tokenize and return_dict):
             raise ValueError("Labels and masks of the answers need tokenize=True and return_dict=True.")
-        if with_labels and not marks_answers:
-            raise ValueError("This chat template does not mark the answers with {% generation %}; add it to get labels.")
         if template_kwargs.get("continue_final_message") and template_kwargs.get("add_generation_prompt"):
             raise ValueError("Either continue the final message or add a generation prompt, not both.")
         if not sanitize_control_tokens:
@@ -292,20 +240,34 @@ class PrefixVLMProcessor(ProcessorMixin):
         special_tokens = self.tokenizer.special_tokens_map
         for name in template_kwargs.keys() - special_tokens.keys():
             template_kwargs[name] = _with_texts(template_kwargs[name], control_tokens.escape)
-        texts, spans = render_jinja_template(
-            conversations=[messages for messages, _ in cleaned],
-            chat_template=chat_template,
-            return_assistant_tokens_mask=marks_answers,
-            **{**special_tokens, **template_kwargs},
-        )
+        template_kwargs = {**special_tokens, **template_kwargs}
+
+        def render(messages, marks_answers=False):
+            texts, spans = render_jinja_template(
+                [messages], chat_template=chat_template, return_assistant_tokens_mask=marks_answers, **template_kwargs
+            )
+            return texts[0], spans[0] if marks_answers else None
+
+        blanks = blanks_before_answers(self.tokenizer, chat_template) if with_labels and not marks_answers else ""
+        is_open = bool(template_kwargs.get("continue_final_message"))
+        texts, spans = [], []
+        for number, (messages, sources) in enumerate(cleaned, start=1):
+            try:
+                text, answers = render(messages, marks_answers)
+                written = control_tokens.count_images(text)
+                if written < len(sources):
+                    raise ValueError(
+                        f"it has {len(sources)} image(s), but the chat template wrote {written} {self.image_token} "
+                        "token(s); use one that writes a token for each image"
+                    )
+                refuse_dropped(messages, text)
+                if with_labels and not marks_answers:
+                    answers = answer_spans(messages, text, lambda other: render(other)[0], control_tokens, blanks, is_open)
+            except Exception as error:  # of any kind that a template may raise
+                raise ValueError(f"Conversation {number} cannot be written: {str(error).rstrip('.')}.") from error
+            texts.append(text)
+            spans.append(answers or [])
         groups = [[source for source in sources if source is not None] for _, sources in cleaned]
-        for number, (text, (_, sources)) in enumerate(zip(texts, cleaned, strict=True), start=1):
-            written = control_tokens.count_images(text)
-            if written < len(sources):
-                raise ValueError(
-                    f"Conversation {number} has {len(sources)} image(s), but the chat template wrote {written} "
-                    f"{self.image_token} token(s); use one that writes a token for each image."
-                )
         if not tokenize:
             return texts[0] if alone else texts
         if images is not None:
@@ -313,7 +275,7 @@ class PrefixVLMProcessor(ProcessorMixin):
                 raise ValueError("Images are given both in the messages and as `images`; choose one.")
             groups = self._images_by_text(images, [control_tokens.count_images(text) for text in texts])
         text_kwargs["add_special_tokens"] = False
-        samples = [_split(text, answers) for text, answers in zip(texts, spans or [[]] * len(texts), strict=True)]
+        samples = [_split(text, answers) for text, answers in zip(texts, spans, strict=True)]
         encoded = self._encode(samples, groups, text_kwargs, image_kwargs, with_labels)
         if return_assistant_tokens_mask:
             labels = encoded["labels"] if return_labels else encoded.pop("labels")
@@ -415,17 +377,16 @@ class PrefixVLMProcessor(ProcessorMixin):
         """
         text_kwargs = {**self._stored_kwargs(), **text_kwargs}
         limit = self._limit(text_kwargs)
-        pieces = self._control_tokens().encode(
-            [piece for sample in samples for piece, _ in sample],
+        pieces = self._control_tokens().encode_pieces(
+            [[piece for piece, _ in sample] for sample in samples],
             add_special_tokens=text_kwargs.get("add_special_tokens", True),
             verbose=text_kwargs.get("verbose", True),
         )
-        piece_ids = iter(pieces)
         rows, labels = [], []
-        for number, (sample, group) in enumerate(zip(samples, groups, strict=True), start=1):
+        for number, (sample, encoded, group) in enumerate(zip(samples, pieces, groups, strict=True), start=1):
             ids, targets = [], []
-            for _, supervised in sample:
-                for token in next(piece_ids):
+            for (_, supervised), piece_ids in zip(sample, encoded, strict=True):
+                for token in piece_ids:
                     is_image = token == self.image_token_id
                     length = self.num_image_tokens if is_image else 1
                     ids += [token] * length

@@ -17,6 +17,8 @@ from typing import Any
 ESCAPE = "\ufdd0"  # no character: Unicode sets it aside for the inside of programs. If typed, it is escaped itself
 # two names that nobody can type: for the control token before a text, and for tokens that a model shall not know
 START, LOST = "\ufdd1" + os.urandom(8).hex(), "\ufdd1" + os.urandom(8).hex()
+# what text may follow: nothing, a control token, or words; some tokenizers put a blank after the first, or the first two
+FIRST, AFTER_TOKEN, AFTER_WORDS = "", START, START + "\n"
 ESCAPED = re.compile(f"{ESCAPE}([\\s\\S]?)")
 SENTENCEPIECE_BLANK = "\u2581"
 
@@ -47,6 +49,7 @@ class ControlTokens:
         self._model_after_start: Any = None
         self._around: tuple[list[int], list[int]] | None = None
         self._is_unable = False
+        self._adds_blanks: bool | None = None
 
     def are_those_of(self, tokenizer) -> bool:
         return self.tokenizer is tokenizer and self._size == len(tokenizer.added_tokens_decoder)
@@ -86,13 +89,46 @@ class ControlTokens:
         return sum(match[0] == self.image_token for match in self.find(text))
 
     def encode(self, texts: list[str], add_special_tokens: bool = False, verbose: bool = True) -> list[list[int]]:
-        """The ids of each text, as the tokenizer has them where nothing is escaped."""
+        """The ids of each text, as the tokenizer has them where nothing is escaped.
+
+        Args:
+            add_special_tokens: also those around a text, unless a template has written them.
+        """
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=verbose)["input_ids"] if texts else []
         rows = [ids if self._agree(text, ids) else self._encode(text) for text, ids in zip(texts, rows, strict=True)]
         if add_special_tokens:
             before, after = self._special_tokens_around()
-            rows = [[*before, *ids, *after] for ids in rows]
+            rows = [ids if self._is_rendered(ids) else [*before, *ids, *after] for ids in rows]
         return rows
+
+    def encode_pieces(self, texts: list[list[str]], **kwargs) -> list[list[list[int]]]:
+        """The ids of each piece of each text. No token spans two pieces; else they are those of the whole text.
+
+        Args:
+            kwargs: as for `encode`.
+        """
+        rows = iter(self.encode([piece for pieces in texts for piece in pieces], **kwargs))
+        encoded = [[next(rows) for _ in pieces] for pieces in texts]
+        if self._adds_blanks is None:
+            one, other, both = self.encode(["\n", "a", "\na"])
+            self._adds_blanks = one + other != both or other != self._words("a", AFTER_TOKEN)
+        if self._adds_blanks:
+            for pieces, ids in zip(texts, encoded, strict=True):
+                for place in range(1, len(pieces)):
+                    written = [match.end() for match in self.find(pieces[place - 1])]
+                    is_after_token = len(pieces[place - 1]) in written
+                    ids[place] = self._encode(pieces[place], AFTER_TOKEN if is_after_token else AFTER_WORDS)
+        return encoded
+
+    def _is_rendered(self, ids: list[int]) -> bool:
+        """Whether a template wrote the text, with its special tokens: but for images in front, it begins with the BOS."""
+        first = next((token for token in ids if token != self._ids[self.image_token]), None)
+        return first is not None and first == self.tokenizer.bos_token_id
+
+    def turn_end(self, text: str, place: int) -> int:
+        """Where the control token ends that follows at `place`, blanks aside; `place` if there is none."""
+        match = self._written.match(text, len(text) - len(text[place:].lstrip()))
+        return match.end() if match and match[0][0] != ESCAPE else place
 
     def _agree(self, text: str, ids: list[int]) -> bool:
         """Whether the tokenizer found the control tokens that are written, and no others, as in text that it normalises."""
@@ -101,50 +137,50 @@ class ControlTokens:
         written = sum(self._ids[match[0]] in self._guarded for match in self.find(text))
         return written == sum(token in self._guarded for token in ids)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, before: str = FIRST) -> list[int]:
         ids, place = [], 0
         for match in self.find(text):
             token, words = self._added.get(match[0]), text[place : match.start()]
-            ids += self._words(words.rstrip() if token is not None and token.lstrip else words, first=place == 0)
+            ids += self._words(words.rstrip() if token is not None and token.lstrip else words, before)
             ids.append(self._ids[match[0]])
-            place = match.end()
+            before, place = AFTER_TOKEN, match.end()
             if token is not None and token.rstrip:
                 place = len(text) - len(text[place:].lstrip())
-        return ids + self._words(text[place:], first=place == 0)
+        return ids + self._words(text[place:], before)
 
-    def _words(self, text: str, first: bool) -> list[int]:
-        """The ids of text without control tokens, which comes first or after one."""
+    def _words(self, text: str, before: str) -> list[int]:
+        """The ids of text without control tokens, which follows `before`."""
         text = ESCAPED.sub(r"\1", text)
         if not text:
             return []
         if not hasattr(self.tokenizer, "backend_tokenizer"):
-            return self._words_in_python(text, first)
+            return self._words_in_python(text, before)
         if self._model is None:
             self._use_model(_without_added_tokens(self.tokenizer.backend_tokenizer))
-        ids = self._run(text, first)
+        ids = self._run(text, before)
         if not self._guarded.isdisjoint(ids) and not self._is_unable:  # the model itself makes them of words
             self._is_unable = True
             self._use_model(_unable_to_write(self.tokenizer.backend_tokenizer, self._guarded))
-            ids = self._run(text, first)
+            ids = self._run(text, before)
         return ids
 
     def _use_model(self, backend) -> None:
         self._model = backend
-        # some tokenizers put a blank before a text, but not after a control token
         self._model_after_start = _without_added_tokens(backend)
         self._model_after_start.add_special_tokens([START])
 
-    def _run(self, text: str, first: bool) -> list[int]:
-        if first or START in text:
+    def _run(self, text: str, before: str) -> list[int]:
+        if before == FIRST or START in text:
             return self._model.encode(text, add_special_tokens=False).ids
-        return self._model_after_start.encode(START + text, add_special_tokens=False).ids[1:]
+        seen, ids = (self._model_after_start.encode(one, add_special_tokens=False).ids for one in (before, before + text))
+        return ids[len(seen) :] if ids[: len(seen)] == seen else self._run(text, AFTER_TOKEN)
 
-    def _words_in_python(self, text: str, first: bool) -> list[int]:
+    def _words_in_python(self, text: str, before: str) -> list[int]:
         """`_words` for tokenizers that are not in Rust."""
         tokenize = self.tokenizer._tokenize
         if "split_special_tokens" in inspect.signature(tokenize).parameters:
             tokens = tokenize(text, split_special_tokens=True)
-        elif first:
+        elif before == FIRST:
             tokens = self.tokenizer.tokenize(text, split_special_tokens=True)
         else:
             tokens = tokenize(text)

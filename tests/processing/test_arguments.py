@@ -116,8 +116,9 @@ def test_what_a_template_does_not_use_is_refused():
         PROCESSOR.apply_chat_template(CHAT, enable_thinking=True)
     plain = PROCESSOR.apply_chat_template(CHAT)
     assert PROCESSOR.apply_chat_template(CHAT, tools=None, documents=[], enable_thinking=False) == plain
-    template = "{% if enable_thinking %}think{% endif %}"
-    assert PROCESSOR.apply_chat_template(CHAT, chat_template=template, enable_thinking=True) == "think"
+    template = "{% if enable_thinking %}think{% endif %}{{ messages[0]['content'] }}"
+    thinking = PROCESSOR.apply_chat_template(CHAT, chat_template=template, enable_thinking=True)
+    assert thinking.startswith("think")
 
 
 @pytest.mark.parametrize(
@@ -225,5 +226,5 @@ def test_images_and_places_of_a_conversation_must_match(name):
 def test_a_template_that_drops_an_image_is_refused():
     template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
     for tokenize in (False, True):
-        with pytest.raises(ValueError, match=r"Conversation 1 has 2 image\(s\), but the chat template wrote 0"):
+        with pytest.raises(ValueError, match=r"Conversation 1 .* has 2 image\(s\), but the chat template wrote 0"):
             PROCESSOR.apply_chat_template(user(HOLE, "a", HOLE), chat_template=template, tokenize=tokenize)

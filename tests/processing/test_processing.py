@@ -405,12 +405,12 @@ def test_an_image_in_an_answer_is_no_label():
     assert "".join(supervised(encoded)) == "here " + END
 
 
-def test_a_template_without_marks_gives_no_labels_but_still_renders(caplog):
+def test_a_template_whose_answers_end_with_no_token_gives_no_labels_but_still_renders(caplog):
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert PROCESSOR.apply_chat_template([assistant("a")], chat_template=template) == "a"
     assert encode([assistant("a")], chat_template=template)["input_ids"] == one(text="a")["input_ids"]
     for name in ("return_labels", "return_assistant_tokens_mask"):
-        with pytest.raises(ValueError, match="does not mark the answers"):
+        with pytest.raises(ValueError, match="closes an answer with no control token"):
             encode([assistant("a")], chat_template=template, **{name: True})
     assert not caplog.records
 

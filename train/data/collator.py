@@ -20,7 +20,7 @@ from prefixvlm.train.data.packing import pack
 from prefixvlm.train.recipes.stages import NoiseToken
 
 ANY_IMAGE = Image.new("RGB", (16, 16))  # where only the number of images matters
-TURN_TOKENS = 32  # more than a template puts around the text of a turn
+TURN_TOKENS = 32  # more than a template puts around the text of a turn; what it writes in front of all comes to it
 
 
 @dataclass
@@ -84,6 +84,7 @@ class ConversationCollator:
         self.context = context
         self.feature_cache = feature_cache
         self.pad_failures = pad_failures
+        self.frame: int | None = None  # tokens that the template writes around nothing
         self.random = random.Random(seed)
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
@@ -186,7 +187,10 @@ class ConversationCollator:
         """Whether a sample may have more tokens than the decoder reads, by its size: a token is a byte or more."""
         if self.context is None:
             return False
-        text = sum(TURN_TOKENS + len(text.encode(errors="surrogatepass")) for _, text in sample.turns)
+        if self.frame is None:
+            empty = [{"role": role, "content": ""} for role in ("user", "assistant")]
+            self.frame = len(self.processor.text_ids(self.processor.apply_chat_template(empty)))
+        text = self.frame + sum(TURN_TOKENS + len(text.encode(errors="surrogatepass")) for _, text in sample.turns)
         return len(sample.images) * self.processor.num_image_tokens + text > self.context
 
     def _source(self, sample: Conversation) -> random.Random:

@@ -117,6 +117,7 @@ class ModelRecipe(Checked):
         image_size: side of the pictures of a pretrained `vision`, in pixels; by default what its preprocessor makes.
         center_crop: let its preprocessor cut off the edges of pictures, if it does; else whole pictures are resized.
         config: further fields of `PrefixVLMConfig`, but for the attention mode, which is that of each stage.
+        chat_template: `chatml` or `own`, the decoder's; by default its own, unless that frames turns as ChatML does.
         dtype: of the weights.
         revision, token, cache_dir: for the Hub, as in transformers; of two backbones they go to both.
     """
@@ -130,6 +131,7 @@ class ModelRecipe(Checked):
     image_size: AtLeastOne | None = None
     center_crop: bool = False
     config: PlainDict = {}
+    chat_template: Literal["chatml", "own"] | None = None
     dtype: Dtype = "float32"
     revision: Text | None = None
     token: Text | None = None
@@ -162,7 +164,8 @@ class ModelRecipe(Checked):
     def _is_enough(self) -> "ModelRecipe":
         if self.start is None and (self.vision is None or self.text is None):
             raise ValueError("needs `start`, or `vision` and `text`.")
-        parts = ("vision", "text", "tokenizer", "image_mean", "image_std", "image_size", "center_crop", "config")
+        parts = ("vision", "text", "tokenizer", "image_mean", "image_std", "image_size", "center_crop")
+        parts += ("config", "chat_template")
         others = [name for name in parts if getattr(self, name)]
         if self.start is not None and others:
             raise ValueError(

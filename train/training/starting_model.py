@@ -12,6 +12,7 @@ from prefixvlm.configuration.configuration_prefix_vlm import (
     TURN_END_TOKEN,
     TURN_START_TOKEN,
 )
+from prefixvlm.configuration.conversation_prefix_vlm import prepare
 from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor, vision_backbone
 from prefixvlm.inference.auto import PrefixVLMConfig, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.inference.loading import base_of_adapter, dtype_named, load, one_line
@@ -61,17 +62,13 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
             if getattr(recipe, key) is not None:
                 raise ValueError(f"model.{key} is for random weights; pretrained backbones bring their own. Leave it out.")
         try:
+            shared = {"image_size": recipe.image_size, "chat_template": recipe.chat_template, **recipe.hub}
             sizes = {key: recipe.config[key] for key in ("pixel_shuffle", "mean_pooling") if key in recipe.config}
             processor = PrefixVLMProcessor.from_backbones(
-                recipe.vision, recipe.text, recipe.image_size, recipe.center_crop, **sizes, **recipe.hub
+                recipe.vision, recipe.text, center_crop=recipe.center_crop, **sizes, **shared
             )
             model = PrefixVLMForConditionalGeneration.from_backbones(
-                recipe.vision,
-                recipe.text,
-                dtype=dtype_named(recipe.dtype),
-                image_size=recipe.image_size,
-                **recipe.hub,
-                **recipe.config,
+                recipe.vision, recipe.text, dtype=dtype_named(recipe.dtype), **shared, **recipe.config
             )
         except OSError as error:
             raise ValueError(f"A backbone cannot be loaded ({one_line(error)}).") from error
@@ -108,8 +105,7 @@ def _from_settings(recipe: ModelRecipe, texts: Iterable[str]):
             tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer, **recipe.hub)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.tokenizer {recipe.tokenizer} cannot be loaded ({one_line(error)}).") from error
-        tokenizer.add_tokens([IMAGE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN], special_tokens=True)
-        tokenizer.padding_side = "left"
+        prepare(tokenizer, recipe.chat_template)
     else:
         raise ValueError("model.tokenizer is needed for a model with random weights; name one, or give a vocab_size.")
     text: dict[str, Any] = {"tie_word_embeddings": True, **(recipe.text if isinstance(recipe.text, dict) else {})}

@@ -173,6 +173,11 @@ LOSSY = {"unigram": unigram, "wordpiece": wordpiece, "whole words": whole_words}
 ALL = {**LOSSLESS, **WITH_BLANKS, **LOSSY}
 
 
+def names(of) -> list:
+    """Those of real tokenizers that are large are tried at night."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in FAMILIES[1:] else name for name in sorted(of)]
+
+
 @cache
 def control_tokens(name: str) -> ControlTokens:
     return ControlTokens(ALL[name](), IMAGE)
@@ -218,7 +223,7 @@ def spaces(tokenizer) -> dict:
     return {} if tokenizer.is_fast else {"spaces_between_special_tokens": False}
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("name", names(LOSSLESS))
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_typed_text_is_words_to_the_letter(name, data):
@@ -242,7 +247,7 @@ def test_typed_text_has_no_control_token(name, data):
         assert decoded(control_tokens(name).tokenizer, content(name, text)).removeprefix(" ") == text
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", names(ALL))
 def test_each_token_alone_and_beside_the_templates(name):
     tokenizer = control_tokens(name).tokenizer
     tokens = words_of(tokenizer)
@@ -256,7 +261,7 @@ def test_each_token_alone_and_beside_the_templates(name):
         assert tokenizer.convert_tokens_to_ids(token) in written
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "whole words"])
+@pytest.mark.parametrize("name", names(ALL.keys() - {"whole words"}))
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_words_have_the_ids_that_they_have_for_the_tokenizer(name, data):
@@ -269,7 +274,7 @@ def test_words_have_the_ids_that_they_have_for_the_tokenizer(name, data):
     assert known._encode(text) == expected
 
 
-@pytest.mark.parametrize("name", ["byte-level", "metaspace before the first", *FAMILIES])
+@pytest.mark.parametrize("name", names(["byte-level", "metaspace before the first", *FAMILIES]))
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_typed_token_is_tokenized_together_with_its_words(name, data):
@@ -297,7 +302,7 @@ def test_what_only_normalisation_makes_a_control_token_is_words():
 
 
 def processor_of(name: str) -> PrefixVLMProcessor:
-    return PrefixVLMProcessor(siglip_image_processor(16), control_tokens(name).tokenizer, num_image_tokens=4)
+    return PrefixVLMProcessor(siglip_image_processor(16), control_tokens(name).tokenizer, "chatml", num_image_tokens=4)
 
 
 def picture() -> Image.Image:
@@ -318,7 +323,7 @@ def supervised(encoded, processor) -> str:
     return decoded(processor.tokenizer, [label for label in encoded["labels"][0] if label != IGNORE])
 
 
-CHATS = ["byte-level", "Python, bytes", *FAMILIES]
+CHATS = names(["byte-level", "Python, bytes", *FAMILIES])
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -349,7 +354,7 @@ def test_a_conversation_says_what_was_typed_by_either_way(name, data):
     assert [token for token in again if token in control_ids(name)] == control
 
 
-@pytest.mark.parametrize("name", ["byte-level", *FAMILIES])
+@pytest.mark.parametrize("name", names(["byte-level", *FAMILIES]))
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_caption_says_what_was_typed_and_ends_once(name, data):

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import yaml
 from small_recipe import SMALL
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_in_two_processes(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump({**SMALL, "output": str(tmp_path / "out")}))

@@ -119,6 +119,7 @@ def test_recipes_that_cannot_be_followed_are_refused(stage, test, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not UCM.is_dir(), reason="the UCM captions are not there")
 def test_ucm_captions_in_karpathys_form(start, tmp_path):
     with (UCM / "captions.jsonl").open() as file:

@@ -110,6 +110,7 @@ def test_one_process(name, tmp_path):
     assert_as_alone(train_ragged(tmp_path, **ALONE[name]), ALONE[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrapper", "name"), names(IN_TWO))
 def test_two_processes(in_two_processes, wrapper, name):
     assert_as_alone(in_two_processes[wrapper][name], IN_TWO[wrapper][name])
@@ -121,6 +122,7 @@ def test_two_processes_in_every_way(more_in_two_processes, wrapper, name):
     assert_as_alone(more_in_two_processes[wrapper][name], MORE_IN_TWO[wrapper][name])
 
 
+@pytest.mark.slow
 def test_the_plain_trainer_evaluates_logits_alone_in_any_number_of_processes(in_two_processes, tmp_path):
     two, one = in_two_processes["evaluate"], evaluate_ragged(tmp_path)
     assert two["eval_asked"] == one["eval_asked"] > len(IMAGES)

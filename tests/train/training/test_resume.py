@@ -167,7 +167,7 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_another(tmp_path, monk
     assert is_whole(partial / "checkpoint-2")
 
 
-@pytest.mark.parametrize("kind", ["map-style", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("map-style", marks=pytest.mark.slow), "lora"])
 def test_a_run_that_ends_between_two_stages_goes_on_in_the_next(tmp_path, kind):
     path = write_recipe(tmp_path, **KINDS[kind])
     run_recipe(load_recipe(path, [f"output={tmp_path / 'whole'}"]))

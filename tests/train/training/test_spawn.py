@@ -64,6 +64,7 @@ def spawned():
     multiprocessing.set_start_method(usual, force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.usefixtures("spawned")
 def test_a_run_with_workers(folder, streaming):

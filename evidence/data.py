@@ -27,13 +27,13 @@ def prepare_ucm(source: Path, folder: Path) -> None:
     rows = lines(source / "captions.jsonl")
     for row in rows:
         row["image"] = _small(source / row["image"], folder)
-    _write(folder / "captions.jsonl", rows)
+    write_lines(folder / "captions.jsonl", rows)
     draw = random.Random(0)
     talks = []
     for row in rows:
         turns = [(DESCRIBE, draw.choice(row["texts"])), (WHAT, row["class_by_index"])]
-        talks.append({"image": row["image"], "split": row["split"], "conversations": _llava(turns)})
-    _write(folder / "conversations.jsonl", talks)
+        talks.append({"image": row["image"], "split": row["split"], "conversations": llava_turns(turns)})
+    write_lines(folder / "conversations.jsonl", talks)
 
 
 def prepare_easy_vqa(folder: Path) -> None:
@@ -47,10 +47,10 @@ def prepare_easy_vqa(folder: Path) -> None:
                     row["texts"] = [sample.caption]
                 else:
                     said = [text for _, text in sample.turns]
-                    row["conversations"] = _llava(list(zip(said[::2], said[1::2], strict=True)))
+                    row["conversations"] = llava_turns(list(zip(said[::2], said[1::2], strict=True)))
                 rows.append(row)
-            _write(folder / f"{name}-{split}.jsonl", rows)
-        _write(folder / f"pairs-{split}.jsonl", _pairs(split))
+            write_lines(folder / f"{name}-{split}.jsonl", rows)
+        write_lines(folder / f"pairs-{split}.jsonl", _pairs(split))
 
 
 def _pairs(split: str) -> list[dict]:
@@ -74,7 +74,7 @@ def prepare_coco(source: Path, folder: Path) -> None:
         row["image"] = _small(source / row["image"], folder)
         row["human"] = row.pop("texts")[:5]
         row["machine"] = [text for _, text in sorted(row.pop("machine_texts").items())][: len(row["human"])]
-    _write(folder / "captions.jsonl", rows)
+    write_lines(folder / "captions.jsonl", rows)
 
 
 def prepare_texts(source: Path, folder: Path) -> None:
@@ -84,10 +84,10 @@ def prepare_texts(source: Path, folder: Path) -> None:
         {"human": row["human"], "machine": [text for text in row["machine"].values() if text]}
         for row in lines(source / "coco_captions_paired.jsonl")
     ]
-    _write(folder / "coco-train.jsonl", rows[1::2])
-    _write(folder / "coco.jsonl", rows[::2])
+    write_lines(folder / "coco-train.jsonl", rows[1::2])
+    write_lines(folder / "coco.jsonl", rows[::2])
     for path in source.glob("*_gpt-*.jsonl"):
-        _write(folder / path.name, [{"human": row["human"], "machine": row["ai"]} for row in lines(path)])
+        write_lines(folder / path.name, [{"human": row["human"], "machine": row["ai"]} for row in lines(path)])
 
 
 def neutral_texts() -> list[str]:
@@ -112,9 +112,11 @@ def asked_and_said(row: dict) -> list[tuple[str, str]]:
     return list(zip(turns[::2], turns[1::2], strict=True))
 
 
-def _llava(turns: list[tuple[str, str]]) -> list[dict]:
+def llava_turns(turns: list[tuple[str, str]]) -> list[dict]:
+    """(question, reply) pairs in LLaVA's form."""
     return [{"from": role, "value": text} for pair in turns for role, text in zip(("human", "gpt"), pair, strict=True)]
 
 
-def _write(path: Path, rows: list[dict]) -> None:
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Writes rows as a JSON-lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

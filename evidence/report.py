@@ -7,25 +7,21 @@ fills in the page's marked places again from docs/evidence/results.json. The fig
 """
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.report import markdown_table
-from evidence import figures, studies
+from evidence import figures, page, studies
 from evidence.results import ARM_NAMES, DECODER_NAMES, MASKS, Results
 from evidence.statistics import Difference, difference, mean
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "EVIDENCE.md"
-MARK, END = "<!-- table: {} -->", "<!-- /table -->"
-OPENED = re.compile(MARK.format(r"(\S+)"))
-PLACE = re.compile(f"{OPENED.pattern}(.*?){END}", re.DOTALL)
 ACCURACIES = {"overall_accuracy": "accuracy, %", "yes_no_accuracy": "yes/no, %", "open_accuracy": "colours and shapes, %"}
 CAPTION_SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "class_accuracy": "class named, %"}
 
 
-def write(results: dict[str, dict], page: Path) -> None:
+def write(results: dict[str, dict], file: Path) -> None:
     """Fills in the page, and writes results.json and the figures into the folder `evidence/` beside it.
 
     Args:
@@ -35,49 +31,30 @@ def write(results: dict[str, dict], page: Path) -> None:
         ValueError: as `check`.
     """
     found = Results(results)
-    fill(page, found)
-    folder = page.parent / "evidence"
+    fill(file, found)
+    folder = file.parent / "evidence"
     folder.mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found.kept(), indent=1) + "\n", encoding="utf-8")
     figures.draw(found, folder)
 
 
-def fill(page: Path, found: Results) -> None:
-    """Puts every table into its place and leaves the rest of the page as it is.
+def fill(file: Path, found: Results) -> None:
+    """Puts every table into its place on the page.
 
     Raises:
         ValueError: as `check`.
     """
-
-    def filled(place: re.Match) -> str:
-        study, table, figure = TABLES[place[1]]
+    bodies = {}
+    for name, (study, table, figure) in TABLES.items():
         is_run = study is None or found.has(study)
         parts = [table(found), figure] if is_run else ["Not run: this needs `--data`."]
-        return "\n\n".join([MARK.format(place[1]), *filter(None, parts), END])
+        bodies[name] = "\n\n".join(filter(None, parts))
+    page.fill(file, bodies)
 
-    page.write_text(PLACE.sub(filled, check(page)), encoding="utf-8")
 
-
-def check(page: Path) -> str:
-    """The text of a page with one place per table: `<!-- table: NAME -->`, and after it `<!-- /table -->`.
-
-    Raises:
-        ValueError: if there is no page, or a place is missing, unknown, repeated or not closed, saying which.
-    """
-    if not page.is_file():
-        raise ValueError(f"There is no page {page}; write one that marks the tables' places as docs/EVIDENCE.md does.")
-    text = page.read_text(encoding="utf-8")
-    opened = OPENED.findall(text)
-    closed = [name for name, body in PLACE.findall(text) if not OPENED.search(body)]
-    for name in [*opened, *TABLES]:
-        if name not in TABLES:
-            raise ValueError(f"{page} has a place for a table {name!r}; the tables are {', '.join(TABLES)}.")
-        if opened.count(name) != 1:
-            count = "several places" if name in opened else "no place"
-            raise ValueError(f"{page} has {count} for the table {name!r}; give it one: {MARK.format(name)} and {END}.")
-        if name not in closed:
-            raise ValueError(f"{page}: the place of the table {name!r} has no end; close it with {END}.")
-    return text
+def check(file: Path) -> None:
+    """Raises a ValueError for a page without one place for each table, saying which."""
+    page.check(file, TABLES)
 
 
 def _verdict(apart: Difference, better: str = "holds here", worse: str = "the opposite holds here") -> str:

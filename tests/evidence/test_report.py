@@ -7,6 +7,7 @@ import re
 import pytest
 
 from evidence import backbones, report, studies
+from evidence.page import PLACE
 from evidence.results import Results
 
 SCORES = ("overall_accuracy", "yes_no_accuracy", "open_accuracy", "CIDEr", "Bleu_4", "class_accuracy")
@@ -71,7 +72,7 @@ def cells(page, table: str) -> list[list[str]]:
 
 
 def prose(page) -> str:
-    return report.PLACE.sub("", page.read_text())
+    return PLACE.sub("", page.read_text())
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 A conversation asks, in an order drawn for each photo:
 - for a description: one of the photo's captions;
 - which kind of place it is: one of the 21 classes, unless no caption of the photo names the class it is filed under;
-- whether there is something that a caption of the photo names (yes), and something else that no caption of any photo of its
-  class names (no), since a caption that is silent about a thing says little about the photo. Of the things that may be asked
-  for, the one is taken that keeps yes and no balanced for every thing, so that no thing gives its answer away.
+- whether there is something that a caption of the photo names (yes), and something else that no caption of any photo of
+  its class names (no), since a caption that is silent about a thing says little about the photo. Of the things that may be
+  asked for, the one is taken that keeps yes and no balanced for every thing, so that no thing gives its answer away.
 Only photos of the training split are read, for what is asked and for what a class is silent about.
 """
 

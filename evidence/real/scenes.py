@@ -2,8 +2,8 @@
 
 import re
 
-# by the class as the data spell it: its name, and what in a caption names it, as a pattern of whole words. People seldom say
-# "chaparral" or "overpass", but what is to be seen there.
+# by the class as the data spell it: its name, and what in a caption names it, as a pattern of whole words. People often
+# say what is to be seen at a place instead of what it is called.
 _SCENES = {
     "agricultural": ("farmland", "farmlands?|croplands?"),
     "airplane": ("airport", "airplanes?|planes?"),

@@ -142,12 +142,12 @@ def _answers(found: Results) -> str:
 def _costs(found: Results) -> str:
     rows = []
     for arm, runs in found.arms.items():
-        # a run that was interrupted knows only what it took since then
+        # a run that was interrupted knows only what it took since
         whole = [run for run in runs if not run["is_resumed"]] or runs
         minutes = [np.mean([run[key] for run in whole]) / 60 for key in ("train_seconds", "evaluation_seconds")]
         note = "" if not whole[0]["is_resumed"] else " (since an interruption)"
         steps = ", ".join(f"{number}: {count}" for number, count in runs[0]["steps"].items())
-        peak = max(run["train_peak_gib"] for run in runs)
+        peak = max(run["train_peak_gib"] for run in whole)
         rows.append([arm, steps, f"{minutes[0]:.0f}{note}", f"{minutes[1]:.0f}", f"{peak:.1f}"])
     heads = ["image tokens", "steps of each stage", "minutes of training", "minutes of evaluation", "peak memory, GiB"]
     return markdown_table(heads, rows)

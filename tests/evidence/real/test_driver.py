@@ -102,7 +102,7 @@ def test_a_job_that_failed_is_tried_again_and_said_so(given, commands, monkeypat
 def test_arms_differ_by_their_image_tokens(given, commands, monkeypatch):
     assert main(monkeypatch, "--data", given, "--arms", "64", "256", "16", "--set", "stages.2.max_steps=5") == 0
     trained = [command for command in commands if command[0] == "train"]
-    assert [set(driver.ARMS[arm]) <= set(command) for arm, command in zip(("64", "256", "16"), trained, strict=True)]
+    assert all(set(driver.ARMS[arm]) <= set(command) for arm, command in zip(("64", "256", "16"), trained, strict=True))
     assert all("stages.2.max_steps=5" in command for command in trained)
     assert len({command[-2] for command in trained}) == 3  # outputs
 

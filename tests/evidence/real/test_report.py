@@ -82,9 +82,9 @@ def test_each_arm_has_its_rows(page, tmp_path):
 
 def test_the_time_of_a_resumed_run_is_not_given_for_the_whole(page, tmp_path):
     found = results(0.5, 0.6)
-    found["64/0"] |= {"is_resumed": True, "train_seconds": 60.0}
+    found["64/0"] |= {"is_resumed": True, "train_seconds": 60.0, "train_peak_gib": 9.0}
     report.write(found, page, tmp_path)
-    assert cells(page, "cost")[0][2] == "10"
+    assert cells(page, "cost")[0][2:] == ["10", "2", "3.2"]
     found["64/1"]["is_resumed"] = True
     report.write(found, page, tmp_path)
     assert cells(page, "cost")[0][2].endswith("(since an interruption)")

@@ -9,6 +9,7 @@ import torch
 from prefixvlm.modeling_vlm.masking_prefix_vlm import attention_mask_4d, image_index
 
 IMAGE_TOKENS = 4
+LOSSES = {"loss": "loss", "loss_noised": "noised targets", "loss_clean": "clean targets", "eval_loss": "held-out data"}
 SEEN, UNSEEN, BETWEEN = "#2a9d8f", "#f4e9e1", "#ffffff"
 
 
@@ -47,7 +48,7 @@ def save_loss_curve(histories: dict[str, list[dict]], path: Path) -> None:
     """Draws the logged losses of one or more runs; `histories` maps names to `Trainer.state.log_history`."""
     with panels(path, len(histories), 4.5, 3.4) as axes:
         for axis, (name, history) in zip(axes, histories.items(), strict=True):
-            for key, label in (("loss", "loss"), ("loss_noised", "noised targets"), ("loss_clean", "clean targets")):
+            for key, label in LOSSES.items():
                 points = [(entry["step"], entry[key]) for entry in history if key in entry]
                 if points:
                     axis.plot(*zip(*points, strict=True), label=label, linewidth=1.2)

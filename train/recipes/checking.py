@@ -69,6 +69,15 @@ Text = Annotated[str, Field(min_length=1)]
 PlainDict = Annotated[dict[str, Any], AfterValidator(refuse_not_finite)]  # whoever reads it checks the keys
 
 
+def _has_a_source(data: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(data.get("source"), str):
+        raise ValueError("needs a `source`, the name of one.")
+    return data
+
+
+DataSource = Annotated[PlainDict, AfterValidator(_has_a_source)]  # see `train/data/sources.py`
+
+
 class SettingsError(ValueError):
     """Settings that do not fit. `errors` has a path of keys and a sentence for each; the message is the first of them."""
 

@@ -1,10 +1,11 @@
-"""The settings of an evaluation, each declared once: for `prefixvlm evaluate`, and a recipe's `test` and `evaluation`."""
+"""The settings of an evaluation, each declared once: for `prefixvlm evaluate`, and a recipe's `test`, `evaluation` and
+`validation`."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, model_validator
 
-from prefixvlm.train.recipes.checking import AtLeastOne, Checked, Dtype, Text
+from prefixvlm.train.recipes.checking import AtLeastOne, Checked, DataSource, Dtype, Number, Text
 
 TaskName = Literal["captions", "karpathy", "vqa", "flickr8k", "flickr30k", "coco", "pathvqa", "easy_vqa"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
@@ -78,6 +79,33 @@ class EvaluationRecipe(EvaluationSettings):
 
     every_steps: AtLeastOne
     examples: AtLeastOne = 200
+
+
+class ValidationRecipe(Checked):
+    """The loss on held-out data in the middle of training, and what follows from it.
+
+    Attributes:
+        data: a data source of its own, which is not streamed; or instead
+        share: of the stage's own samples, held out picture by picture. The recipe's seed draws them: all stages with the
+            same data and share hold out the same ones.
+        every_steps: measure every N optimiser steps, and after the last one.
+        examples: at most N of the held-out samples, spread evenly over them; `None` for all.
+        keep_best: keep the checkpoint with the smallest loss, and leave it as the stage's result.
+        patience: end the stage after N measurements in a row that were no smaller than the smallest; `None` for never.
+    """
+
+    data: DataSource | None = None
+    share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    every_steps: AtLeastOne
+    examples: AtLeastOne | None = None
+    keep_best: bool = True
+    patience: AtLeastOne | None = None
+
+    @model_validator(mode="after")
+    def _has_one_set(self) -> "ValidationRecipe":
+        if (self.data is None) == (self.share is None):
+            raise ValueError("needs `data` of its own or a `share` of the stage's, one of the two.")
+        return self
 
 
 class FinalEvaluation(EvaluationSettings):

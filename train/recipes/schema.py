@@ -24,6 +24,7 @@ from prefixvlm.train.recipes.checking import (
     AtLeastOne,
     AtLeastZero,
     Checked,
+    DataSource,
     Dtype,
     NotNegative,
     Number,
@@ -36,7 +37,7 @@ from prefixvlm.train.recipes.checking import (
     refuse_not_finite,
     refuse_unknown_keys,
 )
-from prefixvlm.train.recipes.evaluation import EvaluationRecipe, FinalEvaluation
+from prefixvlm.train.recipes.evaluation import EvaluationRecipe, FinalEvaluation, ValidationRecipe
 from prefixvlm.train.recipes.stages import PAPER_STAGES, Module, Stage
 
 RECIPE_NAMES = ("paper", "captions", "pathvqa", "pathvqa_lora", "quickstart")
@@ -212,9 +213,10 @@ class StageRecipe(Checked):
         max_length: samples with more tokens are not trained on, but reported; `None` for no limit.
         expected_rows: what a dry run reckons with where the data cannot be read.
         evaluation: generation on part of a test set every N steps; `None` for none.
+        validation: the loss on held-out data every N steps, the best checkpoint and early stopping; `None` for none.
     """
 
-    data: PlainDict
+    data: DataSource
     stage: InstanceOf[Stage]
     device_batch_size: AtLeastOne = 8
     augment: bool = False
@@ -224,13 +226,7 @@ class StageRecipe(Checked):
     max_length: AtLeastOne | None = None
     expected_rows: AtLeastOne | None = None
     evaluation: EvaluationRecipe | None = None
-
-    @field_validator("data")
-    @classmethod
-    def _has_a_source(cls, data: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(data.get("source"), str):
-            raise ValueError("needs a `source`, the name of one.")
-        return data
+    validation: ValidationRecipe | None = None
 
     @field_validator("max_steps")
     @classmethod
@@ -248,9 +244,23 @@ class StageRecipe(Checked):
 
     @model_validator(mode="after")
     def _streams_have_an_end(self) -> "StageRecipe":
-        if self.data.get("streaming") and (self.max_steps < 0 or self.group_by_length):
+        if _is_streamed(self.data) and (self.max_steps < 0 or self.group_by_length):
             raise ValueError("a stream has no end and no known lengths; set max_steps, and group_by_length off.")
         return self
+
+    @model_validator(mode="after")
+    def _validation_has_an_end(self) -> "StageRecipe":
+        if self.validation is not None and self.validation.share is not None and _is_streamed(self.data):
+            raise ValueError("validation.share: no share of a stream can be held out; give validation.data.")
+        if self.validation is not None and _is_streamed(self.validation.data or {}):
+            raise ValueError("validation.data is read as a whole each time; leave out streaming.")
+        return self
+
+
+def _is_streamed(data: dict[str, Any]) -> bool:
+    parts = data.get("parts")
+    inner = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return bool(data.get("streaming")) or any(map(_is_streamed, inner))
 
 
 class Recipe(Checked):
@@ -266,7 +276,8 @@ class Recipe(Checked):
         gradient_checkpointing: trade time for memory.
         workers: processes that prepare batches; 0 for none beside the training itself.
         save_steps: write a checkpoint every N optimiser steps; 0 for none.
-        keep_checkpoints: how many of the newest checkpoints stay; at least 2, in case the last one is damaged.
+        keep_checkpoints: how many of the newest checkpoints stay, beside the best one of a stage with `validation`; at
+            least 2, in case the last one is damaged.
         max_skipped: the run stops if a larger share of the samples cannot be used.
         feature_cache_gb: size limit, in gigabytes, of the disk cache of image features from the frozen encoder of stages 0
             and 1; 0 for no cache.

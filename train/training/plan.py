@@ -21,25 +21,27 @@ from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.screening import screen
 from prefixvlm.train.data.sources import InMemory, is_stream
-from prefixvlm.train.data.sources import load as load_samples
 from prefixvlm.train.recipes.schema import Recipe, StageRecipe
 from prefixvlm.train.recipes.stages import MODULES
 from prefixvlm.train.training import lora
 from prefixvlm.train.training.cost import training_flops
 from prefixvlm.train.training.run import all_texts, chosen_stages
 from prefixvlm.train.training.starting_model import PAPER_PAIR, build, paper_config, refuse_random_start
+from prefixvlm.train.training.validation import stage_samples
 
 SAMPLE = 256  # rows that are tokenized to estimate lengths
 TEXT_TOKENS = 128  # of a sample whose data cannot be read
 GIB = 2**30
+FORWARD_AND_BACKWARD = 3  # times the cost of a forward pass alone
 ADAM_BYTES = 8  # two moments in float32 for each weight that trains
 
 
 @dataclass
 class DataSize:
-    """How much data a stage has: rows, mean tokens, mean supervised tokens, mean images; and how that is known."""
+    """How much data a stage has: rows, those held out; mean tokens, supervised tokens and images; and how that is known."""
 
     rows: int
+    held_out: int
     tokens: float
     supervised: float
     images: float
@@ -69,8 +71,8 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
     sources = {}
     for number in numbers:
         _announce(f"Stage {number}: reading {_data_names(recipe.stages[number].data)}")
-        sources[number] = _source(recipe.stages[number])
-    texts = all_texts(samples for samples in sources.values() if not isinstance(samples, str))
+        sources[number] = _source(recipe.stages[number], recipe.seed)
+    texts = all_texts(samples for samples, _ in sources.values() if not isinstance(samples, str))
     refuse_random_start(model_recipe, random_init)
     processor = None
     _announce("Building the model with random weights")
@@ -89,7 +91,7 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
     total = 0.0
     for number in numbers:
         _announce(f"Stage {number}: measuring a step on {device}")
-        size = _size(sources[number], recipe.stages[number], processor, model.config.num_image_tokens)
+        size = _size(*sources[number], recipe.stages[number], processor, model.config.num_image_tokens)
         text, seconds = _stage_plan(recipe, recipe.stages[number], model, size, device)
         lines += ["", *text]
         total += seconds or 0.0
@@ -103,7 +105,9 @@ def refuse_missing_paths(recipe: Recipe) -> None:
     for key in ("start", "vision", "text", "tokenizer"):
         _refuse(f"model.{key}", getattr(recipe.model, key))
     for number, stage in recipe.stages.items():
-        for place, value in _paths_of_data(f"stages.{number}.data", stage.data):
+        validation = (stage.validation and stage.validation.data) or {}
+        of_validation = _paths_of_data(f"stages.{number}.validation.data", validation)
+        for place, value in (*_paths_of_data(f"stages.{number}.data", stage.data), *of_validation):
             _refuse(place, value)
 
 
@@ -136,25 +140,31 @@ def _announce(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def _source(stage_recipe: StageRecipe):
-    """The samples of a stage, or the reason why they cannot be read."""
+def _source(stage_recipe: StageRecipe, seed: int):
+    """The samples of a stage, or the reason why they cannot be read; and those held out, if any."""
     try:
-        return load_samples(**stage_recipe.data)
+        return stage_samples(stage_recipe, seed)
     except ValueError as error:
         if stage_recipe.expected_rows is None:
             raise
-        return str(error)
+        return str(error), None
 
 
-def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> DataSize:
+def _size(samples, held_out, stage_recipe: StageRecipe, processor, image_tokens: int) -> DataSize:
     assumed = (image_tokens + TEXT_TOKENS, TEXT_TOKENS, 1.0)
+    validation = stage_recipe.validation
     if isinstance(samples, str):
         how = f"as the recipe says; {samples.split(' (')[0].rstrip('.')}"
-        return DataSize(stage_recipe.expected_rows or 0, *assumed, how)
+        rows = stage_recipe.expected_rows or 0
+        measured = round(rows * (validation.share or 0)) if validation else 0
+        return DataSize(rows - measured, measured, *assumed, how)
+    measured = 0 if held_out is None else len(held_out)
+    if validation and validation.examples:
+        measured = min(measured, validation.examples)
     streamed = is_stream(samples)
     rows = stage_recipe.max_steps * stage_recipe.stage.batch_size if streamed else len(samples)
     if processor is None:
-        return DataSize(rows, *assumed, "rows counted, tokens assumed")
+        return DataSize(rows, measured, *assumed, "rows counted, tokens assumed")
     looked_at = _some(samples)
     collator = ConversationCollator(processor, stage_recipe.stage.text_format)
     verdict = screen(looked_at, collator, stage_recipe.max_length, measure=True)
@@ -163,7 +173,7 @@ def _size(samples, stage_recipe: StageRecipe, processor, image_tokens: int) -> D
     count = len(verdict.indices)
     skipped = f"; {len(verdict.skipped)} of them cannot be used" if verdict.skipped else ""
     tokens, supervised, images = (sum(column) / count for column in (verdict.lengths, verdict.supervised, verdict.images))
-    return DataSize(rows, tokens, supervised, images, f"tokens from {len(looked_at)} of the rows{skipped}")
+    return DataSize(rows, measured, tokens, supervised, images, f"tokens from {len(looked_at)} of the rows{skipped}")
 
 
 def _some(samples) -> InMemory:
@@ -207,12 +217,16 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
         "  trains      " + ", ".join(f"{m} {trainable[m]:,} at {stage.learning_rates[m]:g}" for m in MODULES),
         f"  FLOPs       {flops * seen:.3g} ({flops / 1e9:,.0f} G per sample)",
     ]
+    lines += _validation_plan(stage_recipe, size)
     if isinstance(measured, str):
         lines.append(f"  memory      {(weights + state) / GIB:.1f} GiB of weights, gradients and Adam, and activations")
         lines.append(f"  time        not measured: {measured}")
         return lines, None
     activations = measured.activation_bytes * device_batch
     seconds = seen * measured.seconds + steps * measured.optimizer_seconds
+    if stage_recipe.validation is not None:
+        evaluations = -(-steps // stage_recipe.validation.every_steps)
+        seconds += evaluations * size.held_out * measured.seconds / FORWARD_AND_BACKWARD
     lines += [
         f"  memory      {(weights + state + activations) / GIB:.1f} GiB ({weights / GIB:.1f} weights, {state / GIB:.1f} "
         f"gradients and Adam, {activations / GIB:.1f} activations of {device_batch})",
@@ -220,6 +234,18 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
         f"({flops / measured.seconds / 1e9:,.0f} GFLOP/s) and {measured.optimizer_seconds:.3g} s of Adam ({device.type})",
     ]
     return lines, seconds
+
+
+def _validation_plan(stage_recipe: StageRecipe, size: DataSize) -> list[str]:
+    """The line about a stage's validation, if it has one."""
+    validation = stage_recipe.validation
+    if validation is None:
+        return []
+    rows = f"{size.held_out:,} rows held out" if size.held_out else "rows of its own"
+    what = [f"{rows}, measured every {validation.every_steps:,} steps"]
+    what += ["the best checkpoint is kept"] if validation.keep_best else []
+    what += [f"ends after {validation.patience} without a better one"] if validation.patience else []
+    return [f"  validation  {'; '.join(what)}"]
 
 
 def _measured(recipe: Recipe, model, size: DataSize, device, state_bytes: int) -> MeasuredStep | str:

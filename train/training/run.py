@@ -4,6 +4,7 @@ Every output appears under its final name only when it is complete, and a run th
 its last complete checkpoint.
 """
 
+import copy
 import json
 import platform
 import shutil
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.environment import choose_device, versions
@@ -26,8 +27,8 @@ from prefixvlm.train.data.noise import add_mask_token
 from prefixvlm.train.data.order import OrderedSamples, StreamedSamples
 from prefixvlm.train.data.screening import Report, Screened, Screening, encode_one, longest_sample
 from prefixvlm.train.data.sources import is_stream, without_token
-from prefixvlm.train.data.sources import load as load_samples
 from prefixvlm.train.evaluation import figures
+from prefixvlm.train.evaluation.tasks import spread
 from prefixvlm.train.recipes.schema import MAX_SEED, Recipe, StageRecipe
 from prefixvlm.train.training import checkpoints, lora
 from prefixvlm.train.training.checkpoints import complete_or_absent, partial_folder, processes
@@ -35,8 +36,10 @@ from prefixvlm.train.training.evaluation_callback import EvaluateByGeneration
 from prefixvlm.train.training.final_evaluation import evaluate_finished, final_evaluation
 from prefixvlm.train.training.starting_model import build, load_start, refuse_random_start
 from prefixvlm.train.training.trainer import StageTrainer
+from prefixvlm.train.training.validation import LOSS, EarlyStopping, KeepBest, Measure, Validation, stage_samples
 
 RECORD = "run.json"
+NEVER = 10**9  # evaluations: for checkpoints that `KeepBest` times
 GIGABYTE = 10**9
 
 
@@ -80,12 +83,13 @@ def run_recipe(
         )
     # all data is opened before any training, so that a wrong path costs no hours
     before = [number for number in recipe.stages if number < chosen[0]]
-    sources = {number: load_samples(**recipe.stages[number].data) for number in (chosen if before else recipe.stages)}
+    opened = {number: stage_samples(recipe.stages[number], recipe.seed) for number in (chosen if before else recipe.stages)}
+    sources = {number: samples for number, (samples, _) in opened.items()}
     asked = {number: recipe.stages[number].evaluation for number in chosen}
     evaluations = {number: EvaluateByGeneration(settings) for number, settings in asked.items() if settings}
     is_last = chosen[-1] == max(recipe.stages)
     test = final_evaluation(recipe, stage_folder(output, chosen[-1])) if is_last else None
-    settings = {number: _settings(recipe, number, sources[number], random_init) for number in chosen}
+    settings = {number: _settings(recipe, number, *opened[number], random_init) for number in chosen}
     if resume:
         while chosen and stage_folder(output, chosen[0]).is_dir():
             _refuse_another_run(stage_folder(output, chosen[0]), settings[chosen[0]])
@@ -99,7 +103,7 @@ def run_recipe(
     for number in chosen:
         if model is None:
             model, processor = _load(recipe, start)
-        stage = _StageRun(recipe, number, sources[number], settings[number], screening, resume, overwrite)
+        stage = _StageRun(recipe, number, *opened[number], settings[number], screening, resume, overwrite)
         model = stage.train(model, processor, start, evaluations.get(number))
         start = str(stage.folder)
         if processes().is_main_process and overwrite:  # they came from what is replaced: `resume` must not keep them
@@ -175,15 +179,20 @@ def all_texts(sources):
                 yield text
 
 
-def _settings(recipe: Recipe, number: int, samples, random_init: bool) -> dict:
+def _settings(recipe: Recipe, number: int, samples, held_out, random_init: bool) -> dict:
     """What decides the weights that come out of a stage."""
     stage = recipe.stages[number].model_dump()
     del stage["evaluation"]
     stage["data"] = without_token(stage["data"])
+    validation = stage.pop("validation")
+    if validation and validation["data"]:
+        validation["data"] = without_token(validation["data"])
     shared = ("seed", "bf16", "max_skipped")
     return {
         "stage": stage,
         "data_fingerprint": samples.fingerprint,
+        "validation": validation,
+        "validation_fingerprint": held_out.fingerprint if validation else None,
         "model": recipe.model.model_dump(exclude={"token"}),
         "random_init": random_init,
         "lora": recipe.lora.model_dump() if recipe.lora else None,
@@ -210,9 +219,18 @@ class _StageRun:
     """One stage of a run: leaves the model, its processor, log, loss curve, run.json and skipped.jsonl in `folder`."""
 
     def __init__(
-        self, recipe: Recipe, number: int, samples, settings: dict, screening: Screening, resume: bool, overwrite: bool
+        self,
+        recipe: Recipe,
+        number: int,
+        samples,
+        held_out,
+        settings: dict,
+        screening: Screening,
+        resume: bool,
+        overwrite: bool,
     ):
-        self.recipe, self.samples, self.settings, self.screening = recipe, samples, settings, screening
+        self.recipe, self.settings, self.screening = recipe, settings, screening
+        self.samples, self.held_out = samples, held_out
         self.recipe_of_stage = recipe.stages[number]
         self.stage = self.recipe_of_stage.stage
         self.folder = stage_folder(Path(recipe.output), number)
@@ -261,6 +279,7 @@ class _StageRun:
             )
             report = Report(partial / "skipped.jsonl", recipe.max_skipped)
             dataset = self._dataset(collator, report)
+            validation = self._validation(collator, partial)
             self._write_record(partial)
             if recipe.lora:
                 # here, so that adapters are drawn alike whatever this process has done before
@@ -275,7 +294,10 @@ class _StageRun:
                 processing_class=processor,
                 feature_cache=collator.feature_cache,
                 report=report,
+                validation=validation,
             )
+            for callback in _callbacks(self.recipe_of_stage, recipe):
+                trainer.add_callback(callback)
             # which transformers 5's trainer would leave switched off in all that is saved
             vars(model.config).pop("use_cache", None)
             if evaluation is not None:
@@ -295,6 +317,8 @@ class _StageRun:
             if counts := self.record.get("samples"):
                 failed = len(report.failed)
                 self.record["samples"] = counts | {"used": counts["used"] - failed, "skipped": counts["skipped"] + failed}
+            if validation is not None:
+                self._note_validation(validation, trainer)
             self._write_record(partial)
         return model
 
@@ -323,6 +347,43 @@ class _StageRun:
             raise ValueError(f"Stage {self.stage.number} has no sample to train on.")
         lengths = screened.lengths if settings.group_by_length else None
         return OrderedSamples(self.samples, screened.indices, lengths, seed, report.occurrences())
+
+    def _validation(self, collator: ConversationCollator, folder: Path) -> Validation | None:
+        """The held-out samples, checked as those that train; notes in the record how many there are."""
+        settings = self.recipe_of_stage
+        if settings.validation is None:
+            return None
+        screened = self.screening.verdict(self.held_out, collator, settings.max_length, measure=False)
+        report = Report(folder / "validation_skipped.jsonl", limit=1.0, read=len(self.held_out))
+        report.start(screened.skipped)
+        if not screened.indices:
+            raise ValueError(f"Stage {self.stage.number} has no sample to validate on; see {report.path}.")
+        indices = screened.indices
+        if settings.validation.examples is not None:
+            indices = spread(indices, settings.validation.examples)
+        counts = {"read": len(self.held_out), "used": len(indices), "skipped": len(screened.skipped)}
+        self.record["validation"] = counts
+        if processes().is_main_process:
+            skipped = f" ({counts['skipped']:,} cannot be used, see {report.path.name})" if screened.skipped else ""
+            every = settings.validation.every_steps
+            print(f"Held out: {counts['used']:,} samples{skipped}, measured every {every:,} steps", flush=True)
+        samples = OrderedSamples(self.held_out, indices, None, self.recipe.seed, report.occurrences())
+        plain = copy.copy(collator)
+        plain.augment = False
+        return Validation(samples, plain, report)
+
+    def _note_validation(self, validation: Validation, trainer: StageTrainer) -> None:
+        """Adds to the record what validation has come to."""
+        validation.report.exchange()
+        counts, failed = self.record["validation"], len(validation.report.failed)
+        counts |= {"used": counts["used"] - failed, "skipped": counts["skipped"] + failed}
+        self.record["validation"] = counts | {
+            "best_step": trainer.state.best_global_step,
+            "best_loss": trainer.state.best_metric,
+        }
+        if self.recipe_of_stage.validation.keep_best and trainer.state.best_global_step and processes().is_main_process:
+            step, loss = trainer.state.best_global_step, trainer.state.best_metric
+            print(f"Stage {self.stage.number} ends with step {step:,}, whose held-out loss of {loss:.4f} is the smallest.")
 
     def _announce(self, screened: Screened) -> None:
         if processes().is_main_process:
@@ -377,6 +438,18 @@ def _record(settings: dict, recipe: Recipe) -> dict:
     }
 
 
+def _callbacks(stage_recipe: StageRecipe, recipe: Recipe) -> list[TrainerCallback]:
+    """What a stage's validation adds to the trainer."""
+    validation = stage_recipe.validation
+    if validation is None:
+        return []
+    return [
+        Measure(),
+        *([KeepBest(recipe.save_steps)] if validation.keep_best else []),
+        *([EarlyStopping(validation.patience)] if validation.patience else []),
+    ]
+
+
 def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) -> TrainingArguments:
     """transformers' arguments for one stage; the schedule itself is `StageTrainer`'s."""
     stage = stage_recipe.stage
@@ -394,6 +467,8 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
             f"Stage {stage.number}: a batch of {stage.batch_size} cannot be split into device batches of {device_batch} on "
             f"{devices} device(s); choose another device_batch_size."
         )
+    validation = stage_recipe.validation
+    keeps_best = validation is not None and validation.keep_best
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=device_batch,
@@ -409,9 +484,22 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
         gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         dataloader_num_workers=recipe.workers,
         remove_unused_columns=False,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=recipe.keep_checkpoints,
+        save_strategy="steps" if recipe.save_steps or keeps_best else "no",
+        save_steps=validation.every_steps * NEVER if keeps_best else recipe.save_steps or 500,
+        save_total_limit=recipe.keep_checkpoints + keeps_best,
+        **(
+            {
+                "eval_strategy": "steps",
+                "eval_steps": validation.every_steps,
+                "per_device_eval_batch_size": device_batch,
+                "load_best_model_at_end": keeps_best,
+                "metric_for_best_model": LOSS,
+                "greater_is_better": False,
+                "restore_callback_states_from_checkpoint": True,  # the patience that is left
+            }
+            if validation
+            else {}
+        ),
         logging_steps=recipe.logging_steps,
         report_to=recipe.report_to,
         seed=recipe.seed,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
@@ -17,6 +18,7 @@ from prefixvlm.train.data.screening import Report
 from prefixvlm.train.recipes.stages import MODULES, Stage
 from prefixvlm.train.training.checkpoints import SealCheckpoints
 from prefixvlm.train.training.cost import gradient_norms, peak_memory, peak_rate, training_flops
+from prefixvlm.train.training.validation import Validation
 
 COUNTS = ("samples", "tokens", "squared_lengths", "slots", "supervised", "images", "encoded_images")
 LOSSES = ("loss_noised", "loss_clean")  # of stage 0
@@ -49,13 +51,23 @@ class StageTrainer(Trainer):
         stage: the stage; its rates and schedule override those of `args`.
         feature_cache: the `FeatureCache` that the collator looks images up in, if any.
         report: the `Report` that records samples that fail in training.
+        validation: what `evaluate` measures the held-out loss on, in place of an `eval_dataset`.
         args, kwargs: as for `Trainer`.
     """
 
     optimizer: Any  # None until it is created
     lr_scheduler: Any
 
-    def __init__(self, model, stage: Stage, args, feature_cache=None, report: Report | None = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        stage: Stage,
+        args,
+        feature_cache=None,
+        report: Report | None = None,
+        validation: Validation | None = None,
+        **kwargs,
+    ):
         if args.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor must be 0: transformers would take the token at a position for the one to predict."
@@ -69,6 +81,10 @@ class StageTrainer(Trainer):
         self.stage = stage
         self.feature_cache = feature_cache
         self.report = report
+        self.validation = validation
+        self._evaluated = (0.0, 0)  # the sum of the losses of supervised tokens, and how many there were
+        if validation is not None:
+            kwargs["eval_dataset"] = validation.samples
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(SealCheckpoints())
         self.add_callback(_BeforeEveryStep(self))
@@ -158,10 +174,48 @@ class StageTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        samples = None if self.validation is None else self.validation.samples
+        if samples is None or eval_dataset not in (None, samples):
+            return super().get_eval_dataloader(eval_dataset)
+        batch = self.args.eval_batch_size
+        loader = torch.utils.data.DataLoader(
+            samples,
+            batch_size=batch,
+            sampler=EpochSampler(samples, batch, batch * self.args.world_size if self.args.world_size > 1 else 1),
+            collate_fn=self.validation.collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def evaluate(self, *args, **kwargs):
+        """As `Trainer`'s, of which training does not notice anything: random numbers and throughput stay as they are."""
+        started = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # the CPU's: a loader draws a seed
+            metrics = super().evaluate(*args, **kwargs)
+        self.leave_out_of_throughput(time.perf_counter() - started)
+        return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As `Trainer`'s, but the loss is the mean over all supervised tokens, not over the means of batches."""
+        self._evaluated = (0.0, 0)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums, counts = zip(*gather_object([self._evaluated]), strict=True)
+        if any(counts):
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(sums) / sum(counts)
+        return output
+
+    def _load_best_model(self):
+        if self.state.best_global_step != self.state.global_step:  # else it is in memory, and in no checkpoint
+            super()._load_best_model()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_noised = inputs.pop("is_noised", None)
         for seed, name, reason in inputs.pop("failed", ()):
-            if self.report is not None:
+            if self.validation is not None and not model.training:
+                self.validation.add_failure(seed, name, reason)
+            elif self.report is not None:
                 self.report.add(name, reason, occurrence=seed)
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # a batch may hold nothing but padding samples
@@ -177,6 +231,9 @@ class StageTrainer(Trainer):
             targets_noised = is_noised[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
             self._meter.add("loss_noised", outputs.token_losses[targets_noised])
             self._meter.add("loss_clean", outputs.token_losses[~targets_noised])
+        if not model.training:
+            losses, (total, count) = outputs.token_losses, self._evaluated
+            self._evaluated = (total + losses.double().sum().item(), count + losses.numel())
         return (loss, outputs) if return_outputs else loss
 
     def before_epoch(self) -> None:

@@ -13,6 +13,8 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from prefixvlm.quiet import leave_out_noise
+
 BAD_INPUT = 2
 STOPPED, NO_READER = 130, 141  # what shells say of programs that Ctrl-C or a closed pipe has ended
 
@@ -34,8 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, or 2 with one line on stderr for bad input, 130 after Ctrl-C, 141 if nobody reads on.
     """
     accept_any_text(sys.stdout)
-    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # we are the whole program
-        signal.signal(signal.SIGINT, stop_once)
+    if arguments is None:  # we are the whole program
+        leave_out_noise()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, stop_once)
     try:
         try:
             return run(arguments)
@@ -94,7 +98,13 @@ def accept_any_text(stream) -> None:
 
 def progress(text: str) -> None:
     """Says on stderr what is going on, so that nobody waits without knowing for what."""
-    print(text, file=sys.stderr, flush=True)
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process or the first of several, as torchrun numbers them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def go_offline_without_a_network(*names: str | None) -> None:
@@ -342,7 +352,9 @@ def train(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(plan(recipe, stages, options.random_init))
     else:
-        print(f"Saved to {run_recipe(recipe, stages, options.resume, options.random_init, options.overwrite)}")
+        folder = run_recipe(recipe, stages, options.resume, options.random_init, options.overwrite)
+        if is_main_process():
+            print(f"Saved to {folder}")
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -121,7 +121,9 @@ def screen(
     result, barriers = Screened(), len(samples) // (BARRIER_EVERY * processes)
     own = iter(share)
     done = 0
-    with tqdm(total=len(share), desc="Checking the data", unit="sample", delay=2, disable=rank > 0) as progress:
+    # `None` leaves the bar out where there is no terminal
+    bar = tqdm(total=len(share), desc="Checking the data", unit="sample", delay=2, disable=True if rank else None)
+    with bar as progress:
         for batch in checks:
             for verdict in batch:
                 index = next(own)

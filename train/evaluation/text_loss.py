@@ -178,7 +178,7 @@ def text_loss(
         )
     nats = np.zeros(len(flat))
     pieces = [(index, *piece) for index, ids in enumerate(sequences) for piece in _windows(len(ids), width)]
-    for batch in tqdm(list(_batches(pieces, batch_tokens)), desc="Reading", unit="batch"):
+    for batch in tqdm(list(_batches(pieces, batch_tokens)), desc="Reading", unit="batch", disable=None):
         for index, loss in _nats(model, sequences, batch):
             nats[index] += loss
     if not np.isfinite(nats).all():

@@ -90,7 +90,8 @@ def newest_whole(folder: Path) -> Path | None:
     for checkpoint in _checkpoints(folder):
         if is_whole(checkpoint):
             return checkpoint
-        print(f"{checkpoint} is incomplete or damaged; trying the one before.", file=sys.stderr)
+        if processes().is_main_process:
+            print(f"{checkpoint} is incomplete or damaged; trying the one before.", file=sys.stderr)
     return None
 
 

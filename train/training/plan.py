@@ -25,6 +25,7 @@ from prefixvlm.train.recipes.schema import Recipe, StageRecipe
 from prefixvlm.train.recipes.stages import MODULES
 from prefixvlm.train.training import lora
 from prefixvlm.train.training.cost import training_flops
+from prefixvlm.train.training.progress import duration
 from prefixvlm.train.training.run import all_texts, chosen_stages
 from prefixvlm.train.training.starting_model import PAPER_PAIR, build, paper_config, refuse_random_start
 from prefixvlm.train.training.validation import stage_samples
@@ -96,7 +97,7 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
         lines += ["", *text]
         total += seconds or 0.0
     if total:
-        lines += ["", f"In total: {_duration(total)} on one device like this."]
+        lines += ["", f"In total: {duration(total)} on one device like this."]
     return "\n".join(lines)
 
 
@@ -230,7 +231,7 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
     lines += [
         f"  memory      {(weights + state + activations) / GIB:.1f} GiB ({weights / GIB:.1f} weights, {state / GIB:.1f} "
         f"gradients and Adam, {activations / GIB:.1f} activations of {device_batch})",
-        f"  time        {_duration(seconds)}, from one sample in {measured.seconds:.3g} s "
+        f"  time        {duration(seconds)}, from one sample in {measured.seconds:.3g} s "
         f"({flops / measured.seconds / 1e9:,.0f} GFLOP/s) and {measured.optimizer_seconds:.3g} s of Adam ({device.type})",
     ]
     return lines, seconds
@@ -303,11 +304,3 @@ def _sample(config, size: DataSize) -> dict[str, torch.Tensor]:
 def _now(device: torch.device) -> float:
     torch.get_device_module(device).synchronize()
     return time.perf_counter()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:,.1f} hours"

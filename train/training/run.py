@@ -10,12 +10,13 @@ import platform
 import shutil
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.environment import choose_device, versions
@@ -34,6 +35,7 @@ from prefixvlm.train.training import checkpoints, lora
 from prefixvlm.train.training.checkpoints import complete_or_absent, partial_folder, processes
 from prefixvlm.train.training.evaluation_callback import EvaluateByGeneration
 from prefixvlm.train.training.final_evaluation import evaluate_finished, final_evaluation
+from prefixvlm.train.training.progress import ProgressLines
 from prefixvlm.train.training.starting_model import build, load_start, refuse_random_start
 from prefixvlm.train.training.trainer import StageTrainer
 from prefixvlm.train.training.validation import LOSS, EarlyStopping, KeepBest, Measure, Validation, stage_samples
@@ -93,7 +95,7 @@ def run_recipe(
     if resume:
         while chosen and stage_folder(output, chosen[0]).is_dir():
             _refuse_another_run(stage_folder(output, chosen[0]), settings[chosen[0]])
-            print(f"Stage {chosen[0]} is finished.", flush=True)
+            _say(f"Stage {chosen[0]} is finished.")
             before.append(chosen.pop(0))
         if not chosen:
             evaluate_finished(test, is_new=False)
@@ -242,7 +244,7 @@ class _StageRun:
                     "replace it with --overwrite."
                 )
             _refuse_another_run(self.checkpoint.parent, settings)
-            print(f"Stage {number} resumes from {self.checkpoint}.", flush=True)
+            _say(f"Stage {number} resumes from {self.checkpoint}.")
         self.record = _record(settings, recipe)
 
     def train(self, model, processor, start: str | None, evaluation: EvaluateByGeneration | None):
@@ -296,7 +298,8 @@ class _StageRun:
                 report=report,
                 validation=validation,
             )
-            for callback in _callbacks(self.recipe_of_stage, recipe):
+            trainer.remove_callback(PrinterCallback)
+            for callback in (ProgressLines(), *_validation_callbacks(self.recipe_of_stage, recipe)):
                 trainer.add_callback(callback)
             # which transformers 5's trainer would leave switched off in all that is saved
             vars(model.config).pop("use_cache", None)
@@ -363,10 +366,8 @@ class _StageRun:
             indices = spread(indices, settings.validation.examples)
         counts = {"read": len(self.held_out), "used": len(indices), "skipped": len(screened.skipped)}
         self.record["validation"] = counts
-        if processes().is_main_process:
-            skipped = f" ({counts['skipped']:,} cannot be used, see {report.path.name})" if screened.skipped else ""
-            every = settings.validation.every_steps
-            print(f"Held out: {counts['used']:,} samples{skipped}, measured every {every:,} steps", flush=True)
+        skipped = f" ({counts['skipped']:,} cannot be used, see {report.path.name})" if screened.skipped else ""
+        _say(f"Held out: {counts['used']:,} samples{skipped}, measured every {settings.validation.every_steps:,} steps")
         samples = OrderedSamples(self.held_out, indices, None, self.recipe.seed, report.occurrences())
         plain = copy.copy(collator)
         plain.augment = False
@@ -377,24 +378,24 @@ class _StageRun:
         validation.report.exchange()
         counts, failed = self.record["validation"], len(validation.report.failed)
         counts |= {"used": counts["used"] - failed, "skipped": counts["skipped"] + failed}
-        self.record["validation"] = counts | {
-            "best_step": trainer.state.best_global_step,
-            "best_loss": trainer.state.best_metric,
-        }
-        if self.recipe_of_stage.validation.keep_best and trainer.state.best_global_step and processes().is_main_process:
-            step, loss = trainer.state.best_global_step, trainer.state.best_metric
-            print(f"Stage {self.stage.number} ends with step {step:,}, whose held-out loss of {loss:.4f} is the smallest.")
+        step, loss = trainer.state.best_global_step, trainer.state.best_metric
+        self.record["validation"] = counts | {"best_step": step, "best_loss": loss}
+        if self.recipe_of_stage.validation.keep_best and step:
+            _say(f"Stage {self.stage.number} ends with step {step:,}, whose held-out loss of {loss:.4f} is the smallest.")
 
     def _announce(self, screened: Screened) -> None:
-        if processes().is_main_process:
-            skipped = f" ({len(screened.skipped):,} cannot be used, see skipped.jsonl)" if screened.skipped else ""
-            tokens = f", {sum(screened.lengths):,} tokens" if screened.lengths else ""
-            rates = ", ".join(f"{module} {rate:g}" for module, rate in self.stage.learning_rates.items())
-            print(
-                f"Stage {self.stage.number}: {len(screened.indices):,} samples{skipped}{tokens}, "
-                f"{self.stage.attention_mode} attention, learning rates {rates}",
-                flush=True,
-            )
+        skipped = f" ({len(screened.skipped):,} cannot be used, see skipped.jsonl)" if screened.skipped else ""
+        tokens = f", {sum(screened.lengths):,} tokens" if screened.lengths else ""
+        rates = ", ".join(f"{module} {rate:g}" for module, rate in self.stage.learning_rates.items())
+        _say(
+            f"Stage {self.stage.number}: {len(screened.indices):,} samples{skipped}{tokens}, "
+            f"{self.stage.attention_mode} attention, learning rates {rates}"
+        )
+
+
+def _say(text: str) -> None:
+    if processes().is_main_process:
+        print(text, flush=True)
 
 
 def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str | None):
@@ -438,7 +439,7 @@ def _record(settings: dict, recipe: Recipe) -> dict:
     }
 
 
-def _callbacks(stage_recipe: StageRecipe, recipe: Recipe) -> list[TrainerCallback]:
+def _validation_callbacks(stage_recipe: StageRecipe, recipe: Recipe) -> list[TrainerCallback]:
     """What a stage's validation adds to the trainer."""
     validation = stage_recipe.validation
     if validation is None:
@@ -480,8 +481,7 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
         max_grad_norm=stage.max_grad_norm,
         bf16=recipe.bf16,
         tf32=True if recipe.bf16 and device == "cuda" else None,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        **(_recomputation() if recipe.gradient_checkpointing else {}),
         dataloader_num_workers=recipe.workers,
         remove_unused_columns=False,
         save_strategy="steps" if recipe.save_steps or keeps_best else "no",
@@ -501,7 +501,15 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
             else {}
         ),
         logging_steps=recipe.logging_steps,
+        disable_tqdm=True,  # `ProgressLines` instead
         report_to=recipe.report_to,
         seed=recipe.seed,
         use_cpu=device == "cpu",
     )
+
+
+def _recomputation() -> dict:
+    """The arguments that trade time for memory, which transformers 5 has renamed."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

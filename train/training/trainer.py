@@ -210,6 +210,13 @@ class StageTrainer(Trainer):
         if self.state.best_global_step != self.state.global_step:  # else it is in memory, and in no checkpoint
             super()._load_best_model()
 
+    def _issue_warnings_after_load(self, load_result):
+        # a weight that shares its storage with one that was loaded, as a tied head does, is not missing
+        missing, weights = load_result.missing_keys, self.model.state_dict()
+        loaded = {weight.data_ptr() for name, weight in weights.items() if name not in missing}
+        missing[:] = [name for name in missing if name not in weights or weights[name].data_ptr() not in loaded]
+        super()._issue_warnings_after_load(load_result)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_noised = inputs.pop("is_noised", None)
         for seed, name, reason in inputs.pop("failed", ()):
@@ -275,7 +282,9 @@ class StageTrainer(Trainer):
         logs["tokens_per_second"] = sums["tokens"] / seconds
         logs["real_token_share"] = sums["tokens"] / max(1.0, sums["slots"])
         if self._peak_rate is None:
+            started = time.perf_counter()
             self._peak_rate = peak_rate(self.args.device, torch.bfloat16 if self.args.bf16 else self.model.dtype) or 0.0
+            self.leave_out_of_throughput(time.perf_counter() - started)
         if self._peak_rate:
             counts = {name: sums[name] for name in COUNTS if name not in ("samples", "slots")}
             flops = training_flops(self.accelerator.unwrap_model(self.model), self.stage.trains, **counts)

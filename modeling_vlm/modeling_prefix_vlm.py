@@ -112,6 +112,7 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True  # 4.x asks this before it allows a static cache
+    calls_all_modules = False  # also outside training, where weights are sharded and a batch may have no image
 
     def _init_weights(self, module):
         # only the projector and timm models reach this: transformers' backbones initialise themselves
@@ -399,7 +400,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             return inputs_embeds, is_image, image_hidden_states
         if inputs_embeds.shape[1] > 1:  # a generated token is never an image's
             self._refuse_mismatch(is_placeholder, 0)
-        if self.training and torch.is_grad_enabled():
+        if self.calls_all_modules or (self.training and torch.is_grad_enabled()):
             inputs_embeds = inputs_embeds + self._of_no_image()
         return inputs_embeds, is_image, None
 
@@ -415,7 +416,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             )
 
     def _of_no_image(self) -> torch.Tensor:
-        """A scalar 0 that depends on encoder and projector, for training on a batch without images.
+        """A scalar 0 that depends on encoder and projector, for a batch without images in training.
 
         Their parameters then get a gradient, which is 0, in every batch; and of several processes, whose batches may have
         images, all call the same modules. DDP and FSDP need both.

@@ -103,6 +103,11 @@ def keep_models(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """Copies the model, or the adapter, of a checkpoint into a folder."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*TO_RESUME), dirs_exist_ok=True)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]

@@ -406,7 +406,11 @@ def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str
     """
     merge = recipe.lora is not None and recipe.lora.merge
     saved = folder / "adapter" if merge else folder
-    trainer.save_model(str(saved))
+    if trainer.is_sharded and trainer.better_checkpoint is not None:
+        if trainer.is_world_process_zero():
+            checkpoints.copy_model(trainer.better_checkpoint, saved)
+    else:
+        trainer.save_model(str(saved))
     (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, no part of a model repository
     if merge and trainer.is_world_process_zero():
         # into the weights of the folder, which are not quantised

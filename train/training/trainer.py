@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class StageTrainer(Trainer):
             # accelerate's own policy would also sum the gradients, and return the loss, in bfloat16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        if self.is_sharded:
+            for module in self.model.modules():
+                if hasattr(module, "calls_all_modules"):
+                    module.calls_all_modules = True
         if self.is_sharded and self.feature_cache is not None:
             # which images have to be encoded differs between processes, and with sharded weights all must encode together
             raise ValueError("Sharded weights cannot be combined with a feature cache; leave out feature_cache_gb.")
@@ -206,8 +211,16 @@ class StageTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = sum(sums) / sum(counts)
         return output
 
+    @property
+    def better_checkpoint(self) -> Path | None:
+        """The checkpoint of the best model, where that is kept and is not the one in memory."""
+        is_another = self.state.best_global_step != self.state.global_step
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end and is_another else None
+        return None if best is None else Path(best)
+
     def _load_best_model(self):
-        if self.state.best_global_step != self.state.global_step:  # else it is in memory, and in no checkpoint
+        # accelerate 1 cannot load a whole model into the shards of FSDP2; its files are as good
+        if self.better_checkpoint is not None and not self.is_sharded:
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result):

@@ -57,6 +57,10 @@ def trained(tmp_path_factory):
     stage = {**SMALL["stages"][2], "attention_mode": "causal", "language_model_lr": 1e-2}
     adapters = {**SMALL, "stages": {2: stage}, "lora": {"r": 2, "merge": False}, "save_steps": 1}
     (folder / "lora.yaml").write_text(yaml.safe_dump({**adapters, "output": str(folder / "lora")}))
+    validated = {**SMALL["stages"][2], "max_steps": 3, "validation": {"share": 0.01, "every_steps": 1}}
+    for name in ("validated", "validated_alone", "validated_sharded"):
+        values = {**SMALL, "stages": {2: validated}, "logging_steps": 1, "output": str(folder / name)}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     shards = str(CONFIGS / "fsdp2.yaml")
     jobs = {
         "one": (1, None, ["steps", str(folder / "one"), "4"]),
@@ -64,6 +68,9 @@ def trained(tmp_path_factory):
         "sharded": (2, shards, ["steps", str(folder / "sharded"), "2"]),
         "recipe": (2, shards, ["train", str(recipe), "--stages", "0,2"]),
         "lora": (2, shards, ["train", str(folder / "lora.yaml")]),
+        "validated_alone": (1, None, ["train", str(folder / "validated_alone.yaml")]),
+        "validated": (2, None, ["train", str(folder / "validated.yaml")]),
+        "validated_sharded": (2, shards, ["train", str(folder / "validated_sharded.yaml")]),
     }
     for name, job in jobs.items():
         values = dict(zip(("processes", "sharded_by", "arguments"), job, strict=True))
@@ -110,6 +117,19 @@ def test_a_recipe_runs_sharded_stage_after_stage(trained):
     for number, mode in ((0, "bidirectional"), (2, "prefix")):
         config = json.loads((trained / "recipe" / f"stage-{number}" / "config.json").read_text())
         assert config["attention_mode"] == mode
+
+
+@pytest.mark.parametrize("name", ["validated", "validated_sharded"])
+def test_the_held_out_loss_and_the_best_are_those_of_one_process(trained, name):
+    losses, best = [], []
+    for folder in (trained / "validated_alone" / "stage-2", trained / name / "stage-2"):
+        history = json.loads((folder / "history.json").read_text())
+        losses.append([entry["eval_loss"] for entry in history if "eval_loss" in entry])
+        best.append(json.loads((folder / "run.json").read_text())["validation"]["best_step"])
+        ended, kept = (load_file(path / "model.safetensors") for path in (folder, folder / f"checkpoint-{best[-1]}"))
+        assert all(torch.equal(weight, kept[key]) for key, weight in ended.items())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert best == [1, 1]
 
 
 @pytest.mark.parametrize("name", [".", "checkpoint-1"])

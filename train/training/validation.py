@@ -105,7 +105,7 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_save = False
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and state.global_step < state.max_steps:
                 print(
                     f"Stopped early: the last {self.early_stopping_patience_counter} held-out losses were no smaller than "
                     f"{state.best_metric:.4f}.",

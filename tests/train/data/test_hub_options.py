@@ -52,9 +52,11 @@ def test_a_missing_folder_is_not_asked_for_on_the_hub(asked):
 def test_a_token_is_in_no_record(asked):
     data = {"source": "vqa", "path": "someone/data", **HUB}
     overrides = [f"model.{name}={value}" for name, value in HUB.items()]
-    recipe = load_recipe("pathvqa", [*overrides, f"stages.3.data={data}"])
-    kept = str(run._settings(recipe, 3, load(**data), False))
-    assert "draft" in kept
+    validation = {"data": data, "every_steps": 1}
+    recipe = load_recipe("pathvqa", [*overrides, f"stages.3.data={data}", f"stages.3.validation={validation}"])
+    kept = run._settings(recipe, 3, load(**data), load(**data), False)
+    assert kept["validation"]["data"]["revision"] == kept["stage"]["data"]["revision"] == "draft"
+    kept = str(kept)
     assert "secret" not in kept
     assert without_token({"parts": [data]}) == {"parts": [{key: value for key, value in data.items() if key != "token"}]}
 

@@ -15,6 +15,7 @@ from prefixvlm.train.recipes.evaluation import EvaluationRecipe
 from prefixvlm.train.recipes.schema import load_recipe, parse_recipe
 from prefixvlm.train.training import evaluation_callback, run
 from prefixvlm.train.training.evaluation_callback import EvaluateByGeneration
+from prefixvlm.train.training.validation import stage_samples
 
 EVALUATION = {"task": "easy_vqa", "every_steps": 2, "examples": 5, "max_new_tokens": 4, "batch_size": 3}
 
@@ -204,5 +205,5 @@ def test_a_test_set_that_is_not_there_is_found_before_training(tmp_path, monkeyp
 
 def test_no_evaluation_decides_the_weights(tmp_path):
     plain, watched = (parse_recipe(recipe(1, evaluation)) for evaluation in (None, EVALUATION))
-    samples = run.load_samples(**plain.stages[1].data)
-    assert run._settings(plain, 1, samples, False) == run._settings(watched, 1, samples, False)
+    samples, _ = stage_samples(plain.stages[1], seed=0)
+    assert run._settings(plain, 1, samples, None, False) == run._settings(watched, 1, samples, None, False)

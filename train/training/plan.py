@@ -39,14 +39,14 @@ ADAM_BYTES = 8  # two moments in float32 for each weight that trains
 
 @dataclass
 class DataSize:
-    """How much data a stage has: rows, those held out; mean tokens, supervised tokens and images; and how that is known."""
+    """How much data a stage has: rows, mean tokens, supervised tokens and images, how that is known; and rows held out."""
 
     rows: int
-    held_out: int
     tokens: float
     supervised: float
     images: float
     how: str
+    held_out: int = 0
 
 
 @dataclass
@@ -158,14 +158,14 @@ def _size(samples, held_out, stage_recipe: StageRecipe, processor, image_tokens:
         how = f"as the recipe says; {samples.split(' (')[0].rstrip('.')}"
         rows = stage_recipe.expected_rows or 0
         measured = round(rows * (validation.share or 0)) if validation else 0
-        return DataSize(rows - measured, measured, *assumed, how)
+        return DataSize(rows - measured, *assumed, how, measured)
     measured = 0 if held_out is None else len(held_out)
     if validation and validation.examples:
         measured = min(measured, validation.examples)
     streamed = is_stream(samples)
     rows = stage_recipe.max_steps * stage_recipe.stage.batch_size if streamed else len(samples)
     if processor is None:
-        return DataSize(rows, measured, *assumed, "rows counted, tokens assumed")
+        return DataSize(rows, *assumed, "rows counted, tokens assumed", measured)
     looked_at = _some(samples)
     collator = ConversationCollator(processor, stage_recipe.stage.text_format)
     verdict = screen(looked_at, collator, stage_recipe.max_length, measure=True)
@@ -174,7 +174,7 @@ def _size(samples, held_out, stage_recipe: StageRecipe, processor, image_tokens:
     count = len(verdict.indices)
     skipped = f"; {len(verdict.skipped)} of them cannot be used" if verdict.skipped else ""
     tokens, supervised, images = (sum(column) / count for column in (verdict.lengths, verdict.supervised, verdict.images))
-    return DataSize(rows, measured, tokens, supervised, images, f"tokens from {len(looked_at)} of the rows{skipped}")
+    return DataSize(rows, tokens, supervised, images, f"tokens from {len(looked_at)} of the rows{skipped}", measured)
 
 
 def _some(samples) -> InMemory:

@@ -91,7 +91,7 @@ def test_only_imports_differ_from_the_package(folder):
         source = file.read().splitlines()
     exported = (folder / "modeling_prefix_vlm.py").read_text(encoding="utf-8").splitlines()[: len(source)]
     changed = [line for line, original in zip(exported, source, strict=True) if line != original]
-    assert 0 < len(changed) <= 2
+    assert changed
     assert all(line.startswith("from .") for line in changed)
 
 

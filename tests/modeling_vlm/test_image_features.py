@@ -27,7 +27,7 @@ def test_others_read_the_features_as_from_models_of_transformers():
 
 
 def test_features_that_cannot_be_chosen_are_refused():
-    with pytest.raises(ValueError, match="vision_feature_layer cannot be chosen"):
+    with pytest.raises(ValueError, match="vision_feature_layer is -1 in this model"):
         tiny_model().get_image_features(torch.randn(1, 3, 16, 16), vision_feature_layer=-2)
     with pytest.raises(ValueError, match="interpolate_pos_encoding cannot be chosen"):
         tiny_model()(**layout_batch(tiny_model(), ["Iw"]), interpolate_pos_encoding=True)

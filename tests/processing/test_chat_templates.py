@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, SiglipVis
 
 from prefixvlm import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.configuration.conversation_prefix_vlm import prepare, turn_end_id
-from prefixvlm.processing.processing_prefix_vlm import siglip_image_processor
+from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 
 IM = "<|image_pad|>"
 CHATML = (

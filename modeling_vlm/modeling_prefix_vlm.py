@@ -275,9 +275,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         """Takes arguments of LLaVA out of `kwargs`; raises a ValueError for one that asks for other features."""
         own = self.config.vision_feature_layer
         if kwargs.pop("vision_feature_layer", None) not in (None, own):
-            raise ValueError(
-                f"vision_feature_layer is {own} in this model, whose projector reads no other; leave it out."
-            )
+            raise ValueError(f"vision_feature_layer is {own} in this model, whose projector reads no other; leave it out.")
         for name in ("vision_feature_select_strategy", "image_sizes", "interpolate_pos_encoding"):
             if kwargs.pop(name, None):
                 raise ValueError(

@@ -252,13 +252,13 @@ class PrefixVLMConfig(PretrainedConfig):
     @property
     def patch_grid(self) -> int:
         """How many patches lie along a side of an image (16 for 224 pixels and patches of 14)."""
-        sides = [getattr(self.vision_config, name, None) for name in ("image_size", "patch_size")]
-        if not all(isinstance(side, int) for side in sides):
+        image, patch = (getattr(self.vision_config, name, None) for name in ("image_size", "patch_size"))
+        if not isinstance(image, int) or not isinstance(patch, int):
             raise ValueError(
                 f"A {self.vision_config.model_type} encoder has no fixed square image size with square patches; choose "
                 "another one, or give vision_config an image_size and a patch_size."
             )
-        return sides[0] // sides[1]
+        return image // patch
 
     @property
     def num_image_tokens(self) -> int:

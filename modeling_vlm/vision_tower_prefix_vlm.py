@@ -7,6 +7,7 @@ Shapes: I images, C channels, S side of an image, G patches along a side, n posi
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +43,12 @@ class PrefixVLMVisionTower(nn.Module):
         return self.vision_model(**kwargs)
 
 
-class PrefixVLMTimmTower(PrefixVLMVisionTower):
+class PrefixVLMTimmTower(nn.Module):
     """A timm model without transformers' wrapper, which names its weights differently on 4.x and 5.x."""
+
+    def __init__(self, timm_model: Any):
+        super().__init__()
+        self.vision_model = timm_model
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True):
         features = self.vision_model.forward_features(pixel_values)  # (I, D, G, G)
@@ -124,7 +129,7 @@ def _tower(model: PreTrainedModel, config: PrefixVLMConfig) -> nn.Module:
     if kind == "clip_vision_model":
         inner.post_layernorm = nn.Identity()  # of the class token alone
     embeddings = getattr(inner, "embeddings", None)
-    if isinstance(getattr(embeddings, "mask_token", None), nn.Parameter):
+    if embeddings is not None and isinstance(getattr(embeddings, "mask_token", None), nn.Parameter):
         value = embeddings.mask_token.data
         del embeddings.mask_token
         embeddings.register_buffer("mask_token", value, persistent=False)
@@ -134,8 +139,8 @@ def _tower(model: PreTrainedModel, config: PrefixVLMConfig) -> nn.Module:
                 f"vision_feature_layer is {config.vision_feature_layer}, but of a {kind} encoder only the last layer can "
                 f"be read; leave it at -1, or choose one of {', '.join(FINAL_NORMS)}."
             )
-        if FINAL_NORMS[kind]:
-            setattr(inner, FINAL_NORMS[kind], nn.Identity())
+        if norm := FINAL_NORMS[kind]:
+            setattr(inner, norm, nn.Identity())
     return model if inner is not model else PrefixVLMVisionTower(model)
 
 

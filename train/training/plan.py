@@ -141,7 +141,7 @@ def _announce(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def _source(stage_recipe: StageRecipe, seed: int):
+def _source(stage_recipe: StageRecipe, seed: int) -> tuple[Any, Any]:
     """The samples of a stage, or the reason why they cannot be read; and those held out, if any."""
     try:
         return stage_samples(stage_recipe, seed)

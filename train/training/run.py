@@ -380,7 +380,8 @@ class _StageRun:
         counts |= {"used": counts["used"] - failed, "skipped": counts["skipped"] + failed}
         step, loss = trainer.state.best_global_step, trainer.state.best_metric
         self.record["validation"] = counts | {"best_step": step, "best_loss": loss}
-        if self.recipe_of_stage.validation.keep_best and step:
+        settings = self.recipe_of_stage.validation
+        if settings is not None and settings.keep_best and step:
             _say(f"Stage {self.stage.number} ends with step {step:,}, whose held-out loss of {loss:.4f} is the smallest.")
 
     def _announce(self, screened: Screened) -> None:
@@ -473,7 +474,7 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
             f"{devices} device(s); choose another device_batch_size."
         )
     validation = stage_recipe.validation
-    keeps_best = validation is not None and validation.keep_best
+    best_of_every = validation.every_steps if validation is not None and validation.keep_best else 0
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=device_batch,
@@ -488,15 +489,15 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
         **(_recomputation() if recipe.gradient_checkpointing else {}),
         dataloader_num_workers=recipe.workers,
         remove_unused_columns=False,
-        save_strategy="steps" if recipe.save_steps or keeps_best else "no",
-        save_steps=validation.every_steps * NEVER if keeps_best else recipe.save_steps or 500,
-        save_total_limit=recipe.keep_checkpoints + keeps_best,
+        save_strategy="steps" if recipe.save_steps or best_of_every else "no",
+        save_steps=best_of_every * NEVER or recipe.save_steps or 500,
+        save_total_limit=recipe.keep_checkpoints + bool(best_of_every),
         **(
             {
                 "eval_strategy": "steps",
                 "eval_steps": validation.every_steps,
                 "per_device_eval_batch_size": device_batch,
-                "load_best_model_at_end": keeps_best,
+                "load_best_model_at_end": validation.keep_best,
                 "metric_for_best_model": LOSS,
                 "greater_is_better": False,
                 "restore_callback_states_from_checkpoint": True,  # the patience that is left

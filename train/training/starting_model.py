@@ -62,7 +62,7 @@ def build(recipe: ModelRecipe, texts: Iterable[str], random_init: bool = False):
             if getattr(recipe, key) is not None:
                 raise ValueError(f"model.{key} is for random weights; pretrained backbones bring their own. Leave it out.")
         try:
-            shared = {"image_size": recipe.image_size, "chat_template": recipe.chat_template, **recipe.hub}
+            shared: dict[str, Any] = {"image_size": recipe.image_size, "chat_template": recipe.chat_template, **recipe.hub}
             sizes = {key: recipe.config[key] for key in ("pixel_shuffle", "mean_pooling") if key in recipe.config}
             processor = PrefixVLMProcessor.from_backbones(
                 recipe.vision, recipe.text, center_crop=recipe.center_crop, **sizes, **shared

@@ -180,9 +180,9 @@ class StageTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
-        samples = None if self.validation is None else self.validation.samples
-        if samples is None or eval_dataset not in (None, samples):
+        if self.validation is None or eval_dataset not in (None, self.validation.samples):
             return super().get_eval_dataloader(eval_dataset)
+        samples = self.validation.samples
         batch = self.args.eval_batch_size
         loader = torch.utils.data.DataLoader(
             samples,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -16,7 +17,7 @@ from prefixvlm.train.training.checkpoints import is_whole
 LOSS = "eval_loss"  # as `Trainer` calls it
 
 
-def stage_samples(stage_recipe: StageRecipe, seed: int):
+def stage_samples(stage_recipe: StageRecipe, seed: int) -> tuple[Any, Any]:
     """The samples that a stage trains on, and those that it is validated on; `None` if it is not.
 
     Raises:
@@ -26,8 +27,9 @@ def stage_samples(stage_recipe: StageRecipe, seed: int):
     samples = load(**stage_recipe.data)
     if validation is None:
         return samples, None
-    if validation.share is None:
+    if validation.data is not None:
         return samples, load(**validation.data)
+    assert validation.share is not None  # the recipe has one of the two
     training, held_out = hold_out(samples, validation.share, seed)
     try:
         len(training)

@@ -112,6 +112,9 @@ def _readable_text_config(values: dict) -> dict:
         return values
     values = {key: value for key, value in values.items() if key != "rope_parameters"}
     rope = dict(rope)
+    if values.get("model_type") == "gemma3_text":
+        values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(
             "This decoder has different rotary embeddings in its layers, which only transformers 5 can read; upgrade to it."

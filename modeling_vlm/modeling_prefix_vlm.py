@@ -214,6 +214,11 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 module._is_hf_initialized = True  # else post_init on 4.x reinitialises what resizing has replaced
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
+        text = language_model.config
+        if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
+            language_model.set_attn_implementation(
+                "eager"
+            )  # transformers 4 lets sdpa leave out the soft-capping of Gemma 2
         self.vision_tower = build_tower(config) if vision_tower is None else vision_tower
         self.projector = PrefixVLMProjector(config)
         self.language_model = language_model
@@ -396,13 +401,22 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         if vision_features is not None:
             image_hidden_states = self._project(vision_features).to(inputs_embeds.dtype)
             self._refuse_mismatch(is_image, len(image_hidden_states), image_hidden_states.shape[1])
-            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_hidden_states)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_hidden_states / self._scale_of_inputs())
             return inputs_embeds, is_image, image_hidden_states
         if inputs_embeds.shape[1] > 1:  # a generated token is never an image's
             self._refuse_mismatch(is_placeholder, 0)
         if self.calls_all_modules or (self.training and torch.is_grad_enabled()):
             inputs_embeds = inputs_embeds + self._of_no_image()
         return inputs_embeds, is_image, None
+
+    def _scale_of_inputs(self) -> float:
+        """What the decoder multiplies embeddings and features by on their way in, which is meant for words alone.
+
+        transformers 4 does so in Gemma 1 and 2; 5 scales Gemma's words where they are looked up, as both do for Gemma 3.
+        """
+        text = self.config.text_config
+        is_scaled = text.model_type in ("gemma", "gemma2") and not hasattr(self.get_input_embeddings(), "embed_scale")
+        return text.hidden_size**0.5 if is_scaled else 1.0
 
     def _refuse_mismatch(self, is_image: torch.Tensor, images: int, features: int | None = None) -> None:
         if torch.compiler.is_compiling():  # counting would break the graph
@@ -562,6 +576,11 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             weights["device_map"] = device_map
         backbone = vision_backbone(vision, image_size, **hub)
         text_config = AutoConfig.from_pretrained(text, **hub)
+        if type(text_config) not in AutoModelForCausalLM._model_mapping or not hasattr(text_config, "vocab_size"):
+            raise ValueError(
+                f"{text} is a {text_config.model_type} model, not a decoder language model alone; choose one, or save the "
+                "decoder inside it to a folder of its own."
+            )
         refuse_to_drop_head(text, config.get("tie_word_embeddings"), text_config.tie_word_embeddings)
         tokenizer = load_tokenizer(text, chat_template, **hub)
         image_token_id = config.pop("image_token_id", None)
@@ -601,25 +620,39 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
 
     @torch.no_grad()
     def _check_decoder(self, name: str):
-        """Checks that the decoder does what this class relies on, with two tokens that may see each other.
+        """Checks that the decoder does what this class relies on, with two tokens that may see each other, or may not.
 
         Raises:
-            ValueError: if the first token does not attend to the second, or `_head` does not give the decoder's logits.
+            ValueError: if the first token does not see the second where the mask is open, or is seen by it where the mask
+                is closed; or if `_head` does not give the decoder's logits.
         """
-        embeds = self.get_input_embeddings().weight[:2][None]
-        other = torch.stack([embeds[:, 0], -embeds[:, 1]], dim=1)
-        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=embeds.device)
-        mask = self._in_form_of_attention(mask, embeds.dtype)
-        call = {"attention_mask": mask, "use_cache": False}
+        weight = self.get_input_embeddings().weight
+        # no rows of its own, some of which are zeros or all alike
+        first, second, other = (
+            torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)) * weight.std().item()
+        )
+        pair = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=weight.device)
+        opened, closed = (self._in_form_of_attention(mask, weight.dtype) for mask in (pair, pair.tril().triu()))
+
+        def states(mask: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
+            embeds = torch.stack(tokens)[None].to(weight)
+            return self.get_decoder()(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[0]
+
         try:
-            hidden = self.get_decoder()(inputs_embeds=embeds, **call).last_hidden_state
-            changed = self.get_decoder()(inputs_embeds=other, **call).last_hidden_state
-            logits = self.language_model(inputs_embeds=embeds, **call).logits
+            hidden, changed = states(opened, first, second), states(opened, first, other)
+            apart, leaked = states(closed, first, second), states(closed, other, second)
+            embeds = torch.stack([first, second])[None].to(weight)
+            logits = self.language_model(inputs_embeds=embeds, attention_mask=opened, use_cache=False).logits[0]
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name} does not accept a 4D attention mask, so it cannot be the decoder: {error}") from error
-        if torch.equal(hidden[:, 0], changed[:, 0]):
+        if torch.equal(hidden[0], changed[0]):
             raise ValueError(
                 f"{name} ignores a 4D attention mask, so the image could not be left unmasked; choose another."
+            )
+        if not torch.equal(apart[1], leaked[1]):
+            raise ValueError(
+                f"{name} has layers, such as convolutions, that pass on earlier tokens whatever the mask says; choose "
+                "another."
             )
         if not torch.allclose(self._head(hidden), logits, rtol=1e-3, atol=1e-3):
             raise ValueError(f"{name} modifies its logits after the language head in an unknown way; choose another.")

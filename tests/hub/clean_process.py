@@ -102,12 +102,14 @@ def main(job: dict) -> dict:
         model.save_pretrained(job["save"]["folder"])
         processor.save_pretrained(job["save"]["folder"])
         result["saved"] = measure(model, processor, image)
-    if job.get("save_encoders"):
+    if job.get("save_joined"):
         sys.modules.pop("prefixvlm", None)
-        sys.path.insert(0, job["save_encoders"]["helpers"])
-        from encoders import save_joined
+        sys.path.insert(0, job["save_joined"]["helpers"])
+        import decoders
+        import encoders
 
-        result["encoders"] = save_joined(job["save_encoders"]["folder"], measure, image)
+        folder = job["save_joined"]["folder"]
+        result["joined"] = encoders.save_joined(folder, measure, image) | decoders.save_joined(folder, measure, image)
     result["version"] = transformers.__version__
     return result
 

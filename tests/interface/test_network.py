@@ -66,12 +66,12 @@ def run(tmp_path, endpoint: str, *arguments) -> tuple[int, list[str]]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("push", "{saved}", "someone/model"),
         ("generate", "someone/model", "--image", "{saved}/photo.png"),
-        ("text-loss", "--model", "someone/model", "--text", "a={saved}/texts.txt"),
-        ("info", "someone/model"),
         ("evaluate", "{saved}", "--task", "vqa", "--data", "someone/data", "--output", "there"),
-        ("train", "pathvqa", "--dry-run", "model.start=someone/model"),
+        pytest.param(("push", "{saved}", "someone/model"), marks=pytest.mark.slow),
+        pytest.param(("text-loss", "--model", "someone/model", "--text", "a={saved}/texts.txt"), marks=pytest.mark.slow),
+        pytest.param(("info", "someone/model"), marks=pytest.mark.slow),
+        pytest.param(("train", "pathvqa", "--dry-run", "model.start=someone/model"), marks=pytest.mark.slow),
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -120,9 +120,9 @@ def test_ctrl_c_ends_generation_with_130(saved):
     ("environment", "expected"),
     [
         ({"PYTHONIOENCODING": "ascii"}, rb"\xe9\u4e00"),
-        ({"PYTHONIOENCODING": "cp1252"}, b"\xe9\\u4e00"),
-        ({"PYTHONIOENCODING": "cp1252:strict"}, b"\xe9\\u4e00"),
-        ({"LC_ALL": "C"}, "é一".encode()),
+        pytest.param({"PYTHONIOENCODING": "cp1252"}, b"\xe9\\u4e00", marks=pytest.mark.slow),
+        pytest.param({"PYTHONIOENCODING": "cp1252:strict"}, b"\xe9\\u4e00", marks=pytest.mark.slow),
+        pytest.param({"LC_ALL": "C"}, "é一".encode(), marks=pytest.mark.slow),
         # as on Windows, where a file or a pipe has the code page's encoding
         ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "é一".encode()),
     ],

@@ -66,8 +66,11 @@ def test_training_says_what_it_does_and_nothing_else(trained):
     "arguments",
     [
         ("generate", "MODEL", "--image", "FOLDER/0.png", "--max-new-tokens", "2"),
-        ("evaluate", "MODEL", "--task", "captions", "--data", "FOLDER/rows.jsonl", "--max-new-tokens", "2", "--output"),
-        ("text-loss", "--text", "a=FOLDER/rows.jsonl:texts", "--model", "MODEL"),
+        pytest.param(
+            ("evaluate", "MODEL", "--task", "captions", "--data", "FOLDER/rows.jsonl", "--max-new-tokens", "2", "--output"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("text-loss", "--text", "a=FOLDER/rows.jsonl:texts", "--model", "MODEL"), marks=pytest.mark.slow),
     ],
     ids=lambda arguments: arguments[0],
 )

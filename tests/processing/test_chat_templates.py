@@ -170,9 +170,8 @@ def test_the_first_token_is_written_once_by_any_way(family):
         assert ids.count(bos) == len(TALK)
 
 
-@pytest.mark.parametrize(
-    "family", [family if family == "llama3_1" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_model_and_processor_agree(family, tmp_path):
     """Joined halves stop where the decoder's answers end, and know each token that the processor writes."""
     folder = tokenizer_folder(family)

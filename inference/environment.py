@@ -38,6 +38,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return product_dtype(torch.bfloat16, device) if device.type == "cpu" else torch.float32
 
 
+def bf16_note(device: torch.device) -> str | None:
+    """What there is to say of bfloat16 autocast on a device, if anything."""
+    if device.type != "cpu" or fast_dtype(device) == torch.bfloat16:
+        return None
+    return "This CPU has no bfloat16 arithmetic: it computes in float32 instead, which bf16 does not speed up."
+
+
 def versions() -> dict[str, str]:
     """Versions of torch, transformers and Python, for the records of runs and measurements."""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

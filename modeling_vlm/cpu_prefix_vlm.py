@@ -4,9 +4,10 @@ The model enters here by `cpu_products` and `one_token`, the loss by `product_dt
 other devices, and under torch.compile, none of this takes effect.
 
 Products. A CPU without bfloat16 arithmetic multiplies bfloat16 matrices of many rows five to eight times faster if they are
-converted to float32 first, which is also more accurate. A single row, as in decoding, is limited by memory bandwidth, and
-bfloat16 halves the bytes. A CPU with bfloat16 arithmetic gets all its products from oneDNN, which reads the weights for a
-single row at two thirds of the speed of torch's own kernels.
+converted to float32 first, which is also more accurate; float32 weights that autocast would round to bfloat16 stay float32.
+A single row, as in decoding, is limited by memory bandwidth, and bfloat16 halves the bytes. A CPU with bfloat16 arithmetic
+gets all its products from oneDNN, which reads the weights for a single row at two thirds of the speed of torch's own
+kernels.
 
 One token. Decoding is limited by reading the weights. transformers repeats keys and values for every query head and makes
 a dozen small calls per layer; here the query heads that share keys form one attention call, and small operations are fused
@@ -36,7 +37,12 @@ MODEL_TYPES = ("llama", "qwen2")  # decoders whose layers are what `one_token` c
 
 def cpu_products(model: nn.Module, rows: torch.Tensor) -> AbstractContextManager:
     """The context in which layers of `model` are to be applied to `rows`, whose last dimension is their width."""
-    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return nullcontext()
+    if torch.is_autocast_enabled("cpu"):
+        autocast = torch.get_autocast_dtype("cpu")
+        return nullcontext() if product_dtype(autocast, rows.device) == autocast else torch.autocast("cpu", enabled=False)
+    if rows.dtype != torch.bfloat16:
         return nullcontext()
     count = rows.shape[:-1].numel()
     if count == 1:

@@ -31,11 +31,12 @@ def head_and_loss(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.T
     """
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+        dtype = product_dtype(torch.get_autocast_dtype(hidden_states.device.type), hidden_states.device)
     if dtype == torch.float16:  # rounded before a loss scaler has multiplied it, the gradient would underflow
         losses = nn.functional.cross_entropy(head(hidden_states).float(), targets, reduction="none")
         return losses.sum() / items, losses.detach()
-    return _HeadAndLoss.apply(hidden_states, head.weight, head.bias, targets, items, dtype, torch.is_grad_enabled())
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return _HeadAndLoss.apply(hidden_states, head.weight, head.bias, targets, items, dtype, torch.is_grad_enabled())
 
 
 def is_plain(head: nn.Module) -> bool:

@@ -311,6 +311,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
 
     def _project(self, vision_features: torch.Tensor) -> torch.Tensor:
         with cpu_products(self, vision_features):
+            if not torch.is_autocast_enabled(vision_features.device.type):
+                vision_features = vision_features.to(self.dtype)  # a cache may keep them in bfloat16
             return self.projector(vision_features)
 
     def _update_causal_mask(

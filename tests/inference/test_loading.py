@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Siglip
 
 from prefixvlm import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 from prefixvlm.inference import environment, loading
-from prefixvlm.inference.environment import choose_device, fast_dtype
+from prefixvlm.inference.environment import bf16_note, choose_device, fast_dtype
 from prefixvlm.inference.loading import load, refuse_missing_path
 
 
@@ -39,6 +39,8 @@ def test_bfloat16_where_it_is_fast(monkeypatch):
     for product in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(environment, "product_dtype", lambda dtype, device, product=product: product)
         assert fast_dtype(torch.device("cpu")) == product
+        assert (bf16_note(torch.device("cpu")) is None) is (product == torch.bfloat16)
+    assert bf16_note(torch.device("cuda")) is None
     assert fast_dtype(torch.device("mps")) == torch.float32
 
 

@@ -277,7 +277,7 @@ class Recipe(Checked):
         output: the folder that gets one folder a stage.
         seed: of everything random.
         device: `cuda`, `mps` or `cpu`; by default the first there is. CUDA_VISIBLE_DEVICES chooses among several GPUs.
-        bf16: train in bfloat16 autocast; off on machines without it.
+        bf16: train in bfloat16 autocast; a CPU without bfloat16 arithmetic computes in float32 instead, and says so.
         gradient_checkpointing: trade time for memory.
         workers: processes that prepare batches; 0 for none beside the training itself.
         save_steps: write a checkpoint every N optimiser steps; 0 for none.

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from prefixvlm.inference.auto import PrefixVLMForConditionalGeneration
-from prefixvlm.inference.environment import choose_device
+from prefixvlm.inference.environment import bf16_note, choose_device
 from prefixvlm.inference.loading import refuse_missing_path
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
@@ -89,6 +89,8 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
     ]
     if processor is None:
         lines.append(f"The tokenizer cannot be loaded here: {TEXT_TOKENS} text tokens per sample are assumed.")
+    if recipe.bf16 and (note := bf16_note(device)):
+        lines.append(note)
     total = 0.0
     for number in numbers:
         _announce(f"Stage {number}: measuring a step on {device}")

@@ -19,7 +19,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from prefixvlm.configuration.writing import write_atomically
-from prefixvlm.inference.environment import choose_device, versions
+from prefixvlm.inference.environment import bf16_note, choose_device, versions
 from prefixvlm.inference.loading import quantization
 from prefixvlm.modeling_vlm.positions_prefix_vlm import attention_window
 from prefixvlm.train.data.collator import ConversationCollator
@@ -102,6 +102,8 @@ def run_recipe(
             return stage_folder(output, before[-1])
     model, processor, start = _starting_model(recipe, before, chosen[0], sources, random_init)
     screening = Screening(output / "screening", resume, recipe.workers, recipe.max_skipped)
+    if recipe.bf16 and (note := bf16_note(choose_device(recipe.device))):
+        _say(note)
     for number in chosen:
         if model is None:
             model, processor = _load(recipe, start)

@@ -15,6 +15,7 @@ from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from prefixvlm import PrefixVLMConfig, PrefixVLMForConditionalGeneration
 from prefixvlm.cli import main
+from prefixvlm.inference import environment
 from prefixvlm.train.training import plan as planning
 from prefixvlm.train.training.cost import peak_memory, peak_rate, training_flops
 
@@ -28,7 +29,7 @@ def rows(tmp_path):
     return tmp_path / "rows.jsonl"
 
 
-def test_a_dry_run_counts_and_writes_nothing(rows, capsys):
+def test_a_dry_run_counts_and_writes_nothing(rows, capsys, monkeypatch):
     source = {"source": "captions", "path": str(rows)}
     values = {
         "model": {**SMALL["model"], "tokenizer": str(rows.parent / "tokenizer")},
@@ -36,8 +37,10 @@ def test_a_dry_run_counts_and_writes_nothing(rows, capsys):
         "output": str(rows.parent / "out"),
     }
     (rows.parent / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert main(["train", str(rows.parent / "recipe.yaml"), "--dry-run"]) == 0
+    monkeypatch.setattr(environment, "product_dtype", lambda dtype, device: torch.float32)
+    assert main(["train", str(rows.parent / "recipe.yaml"), "--dry-run", "bf16=true"]) == 0
     out = capsys.readouterr().out
+    assert out.count("This CPU has no bfloat16 arithmetic") == 1
     assert "rows        30 (tokens from 30 of the rows)" in out
     tokens = 4 + 9 + 1  # image, text, end
     assert f"tokens      {30 * tokens} ({tokens} per sample, 10 supervised)" in out

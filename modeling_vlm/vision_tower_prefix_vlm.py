@@ -7,6 +7,8 @@ Shapes: I images, C channels, S side of an image, G patches along a side, n posi
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from ..configuration.configuration_prefix_vlm import PrefixVLMConfig
 from ..configuration.vision_backbone_prefix_vlm import TIMM, VisionBackbone
@@ -82,7 +85,8 @@ def load_tower(backbone: VisionBackbone, config: PrefixVLMConfig, **weights) -> 
     """
     own_config = _tower_config(config, backbone.checkpoint_size)
     model_class = AutoModel._model_mapping[type(own_config)]
-    model, report = model_class.from_pretrained(backbone.name, config=own_config, output_loading_info=True, **weights)
+    with _unread_weights_untold():
+        model, report = model_class.from_pretrained(backbone.name, config=own_config, output_loading_info=True, **weights)
     names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
     tower = _tower(model, config)
     read = {names[id(value)] for value in tower.state_dict(keep_vars=True).values() if id(value) in names}
@@ -104,6 +108,17 @@ def load_tower(backbone: VisionBackbone, config: PrefixVLMConfig, **weights) -> 
         }
     )
     return resized.eval()
+
+
+@contextmanager
+def _unread_weights_untold() -> Iterator[None]:
+    """transformers would list the weights of poolers and of layers above the one that is read; what lacks is an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _tower_config(config: PrefixVLMConfig, image_size: int) -> PretrainedConfig:

@@ -423,6 +423,11 @@ def test_missing_vision_weights_are_refused(lost, saved, tmp_path):
         PrefixVLMForConditionalGeneration.from_backbones(tmp_path, saved("qwen2")[0], image_token_id=5)
 
 
+def test_weights_that_nothing_reads_are_left_out_without_a_word(join, caplog):
+    join("siglip_vision", vision_feature_layer=1)  # without its pooling head, second layer and final norm
+    assert "head" not in caplog.text
+
+
 def test_missing_text_weights_are_refused(saved, tmp_path):
     source = saved("qwen2")[1]
     left = {name: value for name, value in source.state_dict().items() if "layers.1." not in name and "lm_head" not in name}

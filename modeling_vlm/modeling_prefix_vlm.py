@@ -310,9 +310,10 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         return (getattr(config, "num_channels", 3), config.image_size, config.image_size)
 
     def _project(self, vision_features: torch.Tensor) -> torch.Tensor:
+        is_autocast = torch.is_autocast_enabled(vision_features.device.type)
         with cpu_products(self, vision_features):
-            if not torch.is_autocast_enabled(vision_features.device.type):
-                vision_features = vision_features.to(self.dtype)  # a cache may keep them in bfloat16
+            if is_autocast and not torch.is_autocast_enabled(vision_features.device.type):
+                vision_features = vision_features.float()  # a cache may keep them in bfloat16
             return self.projector(vision_features)
 
     def _update_causal_mask(

@@ -198,8 +198,10 @@ def test_rope_of_each_kind_of_layer_is_read_or_refused_but_never_lost():
     text = {**TEXT, "model_type": "gemma3_text", "hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2}
     text |= {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": rope}
     if needs_rope_theta():
+        config = PrefixVLMConfig(VISION, text).text_config
+        assert (config.rope_theta, config.rope_local_base_freq) == (5e5, 2e4)
         with pytest.raises(ValueError, match="transformers 5"):
-            PrefixVLMConfig(VISION, text)
+            PrefixVLMConfig(VISION, {**text, "model_type": "qwen2"})
         return
     rotary = PrefixVLMForConditionalGeneration(PrefixVLMConfig(VISION, text)).get_decoder().rotary_emb
     for kind, values in rope.items():

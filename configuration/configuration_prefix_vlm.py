@@ -112,8 +112,9 @@ def _readable_text_config(values: dict) -> dict:
         return values
     values = {key: value for key, value in values.items() if key != "rope_parameters"}
     rope = dict(rope)
-    if values.get("model_type") == "gemma3_text":
-        values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    local = rope.get("sliding_attention")
+    if values.get("model_type") == "gemma3_text" and local and local.get("rope_type", "default") == "default":
+        values["rope_local_base_freq"] = local["rope_theta"]
         rope = dict(rope["full_attention"])
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(

@@ -216,9 +216,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         text = language_model.config
         if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
-            language_model.set_attn_implementation(
-                "eager"
-            )  # transformers 4 lets sdpa leave out the soft-capping of Gemma 2
+            # transformers 4 would let sdpa leave out the soft-capping of Gemma 2
+            language_model.set_attn_implementation("eager")
         self.vision_tower = build_tower(config) if vision_tower is None else vision_tower
         self.projector = PrefixVLMProjector(config)
         self.language_model = language_model
@@ -404,7 +403,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         if vision_features is not None:
             image_hidden_states = self._project(vision_features).to(inputs_embeds.dtype)
             self._refuse_mismatch(is_image, len(image_hidden_states), image_hidden_states.shape[1])
-            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_hidden_states / self._scale_of_inputs())
+            scale = self._scale_of_inputs()
+            features = image_hidden_states if scale is None else image_hidden_states / scale
+            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)
             return inputs_embeds, is_image, image_hidden_states
         if inputs_embeds.shape[1] > 1:  # a generated token is never an image's
             self._refuse_mismatch(is_placeholder, 0)
@@ -412,14 +413,14 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             inputs_embeds = inputs_embeds + self._of_no_image()
         return inputs_embeds, is_image, None
 
-    def _scale_of_inputs(self) -> float:
-        """What the decoder multiplies embeddings and features by on their way in, which is meant for words alone.
+    def _scale_of_inputs(self) -> float | None:
+        """What the decoder multiplies all its inputs by, although it is meant for words alone; `None` for nothing.
 
         transformers 4 does so in Gemma 1 and 2; 5 scales Gemma's words where they are looked up, as both do for Gemma 3.
         """
         text = self.config.text_config
         is_scaled = text.model_type in ("gemma", "gemma2") and not hasattr(self.get_input_embeddings(), "embed_scale")
-        return text.hidden_size**0.5 if is_scaled else 1.0
+        return text.hidden_size**0.5 if is_scaled else None
 
     def _refuse_mismatch(self, is_image: torch.Tensor, images: int, features: int | None = None) -> None:
         if torch.compiler.is_compiling():  # counting would break the graph

@@ -1,11 +1,7 @@
 """Decoders of every family that is proven to obey the mask, tiny and random, and an encoder to join them to."""
 
-from pathlib import Path
-
 import torch
-from tiny import tiny_config, tiny_processor, tiny_tokenizer
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,8 +14,6 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
-
-from prefixvlm import PrefixVLMForConditionalGeneration
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {
@@ -69,27 +63,3 @@ NAMES = {
 def decoder(kind: str):
     torch.manual_seed(sum(map(ord, kind)))
     return AutoModelForCausalLM.from_config(DECODERS[kind]()).eval()
-
-
-def save_joined(root, measure, photo: str) -> dict:
-    """Saves a model of each decoder.
-
-    Args:
-        measure: of clean_process.py.
-        photo: path of the picture to ask about.
-
-    Returns:
-        What each says, by the decoder's kind.
-    """
-    said, vision = {}, Path(root, "encoder")
-    torch.manual_seed(0)
-    AutoModel.from_config(tiny_config().vision_config).save_pretrained(vision)
-    for kind in DECODERS:
-        folder = Path(root, "text", kind)
-        decoder(kind).save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-        model, processor = PrefixVLMForConditionalGeneration.from_backbones(vision, folder), tiny_processor()
-        said[kind] = measure(model, processor, photo)
-        for part in (model, processor):
-            part.save_pretrained(Path(root, kind))
-    return said

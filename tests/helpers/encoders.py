@@ -1,7 +1,5 @@
 """Vision encoders of every kind that is proven to work, tiny and random, and a decoder to join them to."""
 
-from pathlib import Path
-
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import (
@@ -17,8 +15,6 @@ from transformers import (
     SiglipVisionConfig,
     ViTConfig,
 )
-
-from prefixvlm import PrefixVLMForConditionalGeneration, PrefixVLMProcessor
 
 SIZE, PATCH, LAYERS = 32, 8, 3
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -59,28 +55,3 @@ def save_decoder(folder) -> None:
     """A decoder with its tokenizer."""
     tiny_model().language_model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-
-
-def save_joined(root, measure, photo: str) -> dict:
-    """Saves a model of each encoder, with a choice of layer, size and compression that others leave out.
-
-    Args:
-        measure: of clean_process.py.
-        photo: path of the picture to ask about.
-
-    Returns:
-        What each says, by the encoder's name.
-    """
-    said, options = {}, {"vision_feature_layer": -2}
-    shapes = {"image_size": 48, "pixel_shuffle": 2}
-    decoder = Path(root, "decoder")
-    save_decoder(decoder)
-    for name in ENCODERS:
-        folder = Path(root, "vision", name)
-        encoder(name).save_pretrained(folder)
-        model = PrefixVLMForConditionalGeneration.from_backbones(folder, decoder, **options, **shapes)
-        processor = PrefixVLMProcessor.from_backbones(folder, decoder, **shapes)
-        said[name] = measure(model, processor, photo)
-        for part in (model, processor):
-            part.save_pretrained(Path(root, name))
-    return said

@@ -105,11 +105,9 @@ def main(job: dict) -> dict:
     if job.get("save_joined"):
         sys.modules.pop("prefixvlm", None)
         sys.path.insert(0, job["save_joined"]["helpers"])
-        import decoders
-        import encoders
+        from joined import save_joined
 
-        folder = job["save_joined"]["folder"]
-        result["joined"] = encoders.save_joined(folder, measure, image) | decoders.save_joined(folder, measure, image)
+        result["joined"] = save_joined(job["save_joined"]["folder"], measure, image)
     result["version"] = transformers.__version__
     return result
 

@@ -11,6 +11,7 @@ import decoders
 import encoders
 import pytest
 import torch
+from joined import save_joined
 
 from prefixvlm.modeling_vlm.vision_tower_prefix_vlm import FINAL_NORMS
 
@@ -26,7 +27,7 @@ def pairs(tmp_path_factory, run_clean, measure, photo):
     def folders(root) -> dict:
         return {name: str(root / name) for name in (*encoders.ENCODERS, *decoders.DECODERS)}
 
-    saved = {"here": encoders.save_joined(here, measure, photo) | decoders.save_joined(here, measure, photo)}
+    saved = {"here": save_joined(here, measure, photo)}
     loaded = {"here": run_clean({"folders": folders(here)})}
     if OTHER_PYTHON:
         save = {"folder": str(there), "helpers": str(Path(encoders.__file__).parent)}

@@ -165,14 +165,8 @@ class ModelRecipe(Checked):
     def _is_enough(self) -> "ModelRecipe":
         if self.start is None and (self.vision is None or self.text is None):
             raise ValueError("needs `start`, or `vision` and `text`.")
-        others = [
-            name
-            for name in (
-                *("vision", "text", "tokenizer", "image_mean", "image_std"),
-                *("image_size", "center_crop", "config", "chat_template"),
-            )
-            if getattr(self, name)
-        ]
+        with_start = ("start", "dtype", *HUB_KEYS)
+        others = [name for name in type(self).model_fields if name not in with_start and getattr(self, name)]
         if self.start is not None and others:
             raise ValueError(
                 f"has `start`, a whole model, and beside it {', '.join(others)}, which nothing would read; leave one of "

@@ -426,7 +426,8 @@ def _save(trainer: StageTrainer, model, recipe: Recipe, folder: Path, start: str
 def _feature_cache(model, recipe: Recipe, stage_recipe: StageRecipe) -> FeatureCache | None:
     if not recipe.feature_cache_gb or stage_recipe.stage.vision_tower_lr:
         return None
-    dtype = torch.bfloat16 if recipe.bf16 else model.dtype
+    is_rounded = recipe.bf16 and bf16_note(choose_device(recipe.device)) is None
+    dtype = torch.bfloat16 if is_rounded else model.dtype
     max_bytes = int(recipe.feature_cache_gb * GIGABYTE)
     folder = Path(recipe.output) / "features"
     return FeatureCache(folder, model.vision_tower, dtype, max_bytes, processes().process_index, processes().num_processes)
@@ -476,7 +477,8 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
             f"{devices} device(s); choose another device_batch_size."
         )
     validation = stage_recipe.validation
-    best_of_every = validation.every_steps if validation is not None and validation.keep_best else 0
+    every = 0 if validation is None else validation.every_steps
+    keeps_best = validation is not None and validation.keep_best
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=device_batch,
@@ -491,15 +493,15 @@ def training_arguments(stage_recipe: StageRecipe, recipe: Recipe, folder: Path) 
         **(_recomputation() if recipe.gradient_checkpointing else {}),
         dataloader_num_workers=recipe.workers,
         remove_unused_columns=False,
-        save_strategy="steps" if recipe.save_steps or best_of_every else "no",
-        save_steps=best_of_every * NEVER or recipe.save_steps or 500,
-        save_total_limit=recipe.keep_checkpoints + bool(best_of_every),
+        save_strategy="steps" if recipe.save_steps or keeps_best else "no",
+        save_steps=every * NEVER if keeps_best else recipe.save_steps or 500,
+        save_total_limit=recipe.keep_checkpoints + keeps_best,
         **(
             {
                 "eval_strategy": "steps",
-                "eval_steps": validation.every_steps,
+                "eval_steps": every,
                 "per_device_eval_batch_size": device_batch,
-                "load_best_model_at_end": validation.keep_best,
+                "load_best_model_at_end": keeps_best,
                 "metric_for_best_model": LOSS,
                 "greater_is_better": False,
                 "restore_callback_states_from_checkpoint": True,  # the patience that is left

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_recipe import SMALL
 from tiny import tiny_model, tiny_processor, tiny_tokenizer
 
+from prefixvlm.modeling_vlm import cpu_prefix_vlm
 from prefixvlm.modeling_vlm.modeling_prefix_vlm import PrefixVLMModel
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
@@ -138,7 +139,10 @@ def trained(tmp_path: Path, name: str, **settings) -> Path:
     return run_recipe(load_recipe(str(path)))
 
 
-def test_training_with_the_cache_is_training_without_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_with_the_cache_is_training_without_it(bf16, tmp_path, monkeypatch):
+    """Also where bf16 is asked of a CPU without its arithmetic: features computed in float32 are kept in it."""
+    monkeypatch.setattr(cpu_prefix_vlm, "_has_bfloat16_arithmetic", lambda: False)
     encoded = []
     original = PrefixVLMModel.get_vision_features
 
@@ -147,10 +151,10 @@ def test_training_with_the_cache_is_training_without_it(tmp_path, monkeypatch):
         return original(self, pixel_values)
 
     monkeypatch.setattr(PrefixVLMModel, "get_vision_features", counting)
-    without = load_file(trained(tmp_path, "without") / "model.safetensors")
+    without = load_file(trained(tmp_path, "without", bf16=bf16) / "model.safetensors")
     assert sum(encoded) == 2 * 2 * 8
     encoded.clear()
-    with_cache = load_file(trained(tmp_path, "with", feature_cache_gb=0.1) / "model.safetensors")
+    with_cache = load_file(trained(tmp_path, "with", bf16=bf16, feature_cache_gb=0.1) / "model.safetensors")
     assert sum(encoded) == 8
     for name, weight in without.items():
         torch.testing.assert_close(with_cache[name], weight, rtol=1e-5, atol=1e-7)

@@ -17,14 +17,14 @@ BENCH_ARGS ?=
 # folder with the data sets of the studies (docs/EVIDENCE.md); without it only those on easy-VQA are run
 DATA ?=
 
-# folder with ucm_captions and vqa_rad (docs/REAL.md), and such as "--seeds 3"; python -m evidence.real --help
+# folder with ucm_captions and vqa_rad (docs/REAL.md), for evidence-real also human_vs_machine_text; and such as "--seeds 3"; python -m evidence.real --help
 REAL_DATA ?=
 REAL_ARGS ?=
 
 # below the package's own name, which setup.cfg gives to interface/
 ROOMS = configuration modeling_vlm processing inference train
 
-.PHONY: quickstart test test-gpu nightly bench evidence real real-data lint clean build/tokenizers
+.PHONY: quickstart test test-gpu nightly bench evidence evidence-real real real-data real-halves lint clean build/tokenizers
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/prefixvlm quickstart
@@ -57,12 +57,19 @@ bench: $(VENV)/installed
 evidence: $(VENV)/installed
 	$(VENV)/bin/python -m evidence $(if $(DATA),--data $(DATA))
 
-real: real-data $(VENV)/installed build/real/packages/installed
-	PYTHONPATH=build/real/packages $(VENV)/bin/python -m evidence.real.halves build/real
+real: real-halves
 	$(VENV)/bin/python -m evidence.real --data $(REAL_DATA) $(REAL_ARGS)
 
+# the studies of docs/EVIDENCE.md on the same halves
+evidence-real: real-halves
+	$(VENV)/bin/python -m evidence.real.studies --data $(REAL_DATA) $(REAL_ARGS)
+
+# checked every time; a half that is there is not converted again
+real-halves: real-data $(VENV)/installed build/real/packages/installed
+	PYTHONPATH=build/real/packages $(VENV)/bin/python -m evidence.real.halves build/real
+
 real-data:
-	$(if $(REAL_DATA),,$(error `make real` needs REAL_DATA=folder, with ucm_captions and vqa_rad in it (docs/REAL.md)))
+	$(if $(REAL_DATA),,$(error This needs REAL_DATA=folder, with ucm_captions and vqa_rad in it (docs/REAL.md)))
 
 # kept out of the environment, which they are no part of
 build/real/packages/installed: evidence/real/requirements.txt | $(VENV)/installed

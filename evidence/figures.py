@@ -30,7 +30,12 @@ def draw(found: Results, folder: Path) -> None:
     _curves({mode: found.arm(f"ucm/{mode}") for mode in MASKS["ucm"]}, ("0", "1", "2", "3"), folder / "losses.png")
     writers = {writer: found.arm(f"coco/{writer}") for writer in ("human", "machine")}
     _curves(writers, ("1", "2"), folder / "convergence.png")
-    _text_points(found, folder / "text_loss.png")
+    texts = [
+        (f"{name}\n({DECODER_NAMES[decoder]})", report["sets"])
+        for decoder in studies.DECODERS
+        for name, report in found.all[f"texts/{decoder}"]["reports"].items()
+    ]
+    text_points(texts, folder / "text_loss.png")
     _noise_curves(found, folder / "noise.png")
 
 
@@ -61,18 +66,19 @@ def _curves(arms: dict[str, list[dict]], numbers: tuple[str, ...], path: Path) -
             axis.legend()
 
 
-def _text_points(found: Results, path: Path) -> None:
-    rows = [
-        (f"{name}\n({DECODER_NAMES[decoder]})", report["sets"])
-        for decoder in studies.DECODERS
-        for name, report in found.all[f"texts/{decoder}"]["reports"].items()
-    ]
+def text_points(rows: list[tuple[str, dict[str, dict]]], path: Path) -> None:
+    """Draws the losses of human and of machine texts with their intervals.
+
+    Args:
+        rows: the name of each and its sets of texts by writer, of `text_loss.summarise`; who is not human is a machine.
+    """
     with panels(path, 1, 7, 0.6 * len(rows) + 1) as (axis,):
         for place, (_, sets) in enumerate(rows):
-            for writer, color, offset in (("human", "#6a4c93", 0.12), ("machine", "#e76f8a", -0.12)):
-                low, high = sets[writer]["loss_interval"]
-                axis.plot([low, high], [place + offset] * 2, color=color, linewidth=2)
-                axis.plot(sets[writer]["loss"], place + offset, "o", color=color, label=None if place else writer)
+            named = {"human": "human", next(reversed(sets)): "machine"}
+            for writer, numbers in sets.items():
+                color, offset = ("#6a4c93", 0.12) if writer == "human" else ("#e76f8a", -0.12)
+                axis.plot(numbers["loss_interval"], [place + offset] * 2, color=color, linewidth=2)
+                axis.plot(numbers["loss"], place + offset, "o", color=color, label=None if place else named.get(writer))
         axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
         axis.set_xlabel("nats per token")
         axis.legend()

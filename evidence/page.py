@@ -9,20 +9,23 @@ OPENED = re.compile(MARK.format(r"(\S+)"))
 PLACE = re.compile(f"{OPENED.pattern}(.*?){END}", re.DOTALL)
 
 
-def fill(page: Path, bodies: dict[str, str]) -> None:
+def fill(page: Path, bodies: dict[str, str], others: Collection[str] = ()) -> None:
     """Puts what belongs there into every place and leaves the rest of the page as it is.
 
     Args:
         bodies: by the name of the place; "" leaves it empty.
+        others: names of the places that another program fills in, which are left as they are.
 
     Raises:
         ValueError: as `check`.
     """
 
     def filled(place: re.Match) -> str:
+        if place[1] in others:
+            return place[0]
         return "\n\n".join(filter(None, [MARK.format(place[1]), bodies[place[1]], END]))
 
-    page.write_text(PLACE.sub(filled, check(page, bodies)), encoding="utf-8")
+    page.write_text(PLACE.sub(filled, check(page, [*bodies, *others])), encoding="utf-8")
 
 
 def check(page: Path, names: Collection[str]) -> str:

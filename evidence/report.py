@@ -2,8 +2,8 @@
 
     python -m evidence.report
 
-fills in the page's marked places again from docs/evidence/results.json. The figures also need the loss curves, which only
-`make evidence` has.
+fills in the page's marked places again from docs/evidence/results.json, and from real.json those of the pretrained
+halves. The figures also need the loss curves, which only `make evidence` has.
 """
 
 import json
@@ -13,10 +13,12 @@ import numpy as np
 
 from benchmarks.report import markdown_table
 from evidence import figures, page, studies
+from evidence.real import claims
 from evidence.results import ARM_NAMES, DECODER_NAMES, MASKS, Results
 from evidence.statistics import Difference, difference, mean
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "EVIDENCE.md"
+FOLDER = "evidence"  # beside the page
 ACCURACIES = {"overall_accuracy": "accuracy, %", "yes_no_accuracy": "yes/no, %", "open_accuracy": "colours and shapes, %"}
 CAPTION_SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "class_accuracy": "class named, %"}
 
@@ -32,7 +34,7 @@ def write(results: dict[str, dict], file: Path) -> None:
     """
     found = Results(results)
     fill(file, found)
-    folder = file.parent / "evidence"
+    folder = file.parent / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found.kept(), indent=1) + "\n", encoding="utf-8")
     figures.draw(found, folder)
@@ -49,12 +51,21 @@ def fill(file: Path, found: Results) -> None:
         is_run = study is None or found.has(study)
         parts = [table(found), figure] if is_run else ["Not run: this needs `--data`."]
         bodies[name] = "\n\n".join(filter(None, parts))
-    page.fill(file, bodies)
+    page.fill(file, bodies, claims.TABLES)
+
+
+def fill_real(file: Path, results: dict[str, dict]) -> None:
+    """Puts the tables of the studies on pretrained halves into their places on the page.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    page.fill(file, claims.bodies(results), TABLES)
 
 
 def check(file: Path) -> None:
     """Raises a ValueError for a page without one place for each table, saying which."""
-    page.check(file, TABLES)
+    page.check(file, [*TABLES, *claims.TABLES])
 
 
 def _verdict(apart: Difference, better: str = "holds here", worse: str = "the opposite holds here") -> str:
@@ -195,5 +206,8 @@ TABLES = {
 }
 
 if __name__ == "__main__":
-    fill(PAGE, Results(json.loads((PAGE.parent / "evidence" / "results.json").read_text(encoding="utf-8"))))
+    folder = PAGE.parent / FOLDER
+    fill(PAGE, Results(json.loads((folder / "results.json").read_text(encoding="utf-8"))))
+    if (folder / claims.RESULTS).exists():
+        fill_real(PAGE, json.loads((folder / claims.RESULTS).read_text(encoding="utf-8")))
     print(f"Saved to {PAGE}")

@@ -5,34 +5,21 @@ checkpoint. Everything is below build/real, where evidence/real/halves.py has pu
 """
 
 import argparse
-import json
 import os
 import platform
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from evidence.data import DESCRIBE, lines, write_lines
+from evidence.data import DESCRIBE
 from evidence.real import report, scoring
-from evidence.real.questions import conversations
-from prefixvlm.configuration.writing import write_atomically
+from evidence.real import workspace as files
+from evidence.real.workspace import ANSWERS, CAPTIONS, GIVEN, RECIPE
 from prefixvlm.inference.environment import versions
-from prefixvlm.train.evaluation.predictions import METRICS, read_predictions
-from prefixvlm.train.evaluation.tasks import spread
+from prefixvlm.train.evaluation.predictions import METRICS
 from prefixvlm.train.training.run import RECORD, stage_folder
 
-BUILD = Path("build/real")
-GIVEN, QUESTIONS, RESULTS = (
-    BUILD / "given",
-    BUILD / "data" / "questions.jsonl",
-    BUILD / "results",
-)  # as recipe.yaml names them
-HALVES = ("smollm2", "vit-s-14")
-RECIPE = Path(__file__).with_name("recipe.yaml")
-CAPTIONS, ANSWERS = "ucm_captions/captions.jsonl", "vqa_rad/qa.jsonl"
 STAGES = range(4)
 # by the number of image tokens, the changes to the recipe
 ARMS = {"64": [], "256": ["model.image_size=224"], "16": ["model.config.pixel_shuffle=2"]}
@@ -44,7 +31,6 @@ ASKED = {
     "stage 3, 3 beams": (3, ["--prompt", DESCRIBE, "--num-beams", "3"]),
 }
 DEFAULTS = {"seeds": 1, "arms": ["64"], "set": [], "limit": None}
-KIBIBYTES_A_GIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -67,11 +53,7 @@ class Job:
 
     @property
     def output(self) -> Path:
-        return BUILD / "runs" / self.arm / str(self.seed)
-
-    @property
-    def result(self) -> Path:
-        return RESULTS / self.arm / f"{self.seed}.json"
+        return files.RUNS / self.name
 
     @property
     def settings(self) -> dict:
@@ -84,11 +66,7 @@ class Job:
         Raises:
             ValueError: if that is of another recipe.
         """
-        if not self.result.exists():
-            return False
-        if json.loads(self.result.read_text(encoding="utf-8"))["settings"] != self.settings:
-            raise ValueError(f"{self.result} is of another recipe or other settings; remove it and {self.output}.")
-        return True
+        return files.is_kept(self.name, self.settings)
 
     def run(self) -> None:
         """Trains, evaluates, and writes the result."""
@@ -102,97 +80,49 @@ class Job:
             f"output={self.output}",
             "--resume",
         ]
-        seconds, peak = prefixvlm(train, self.output / "train.log")
+        seconds, peak = files.prefixvlm(train, self.output / "train.log")
         result = {
-            "settings": self.settings,
             "is_resumed": was_begun,
             "train_seconds": seconds,
             "train_peak_gib": peak,
-            "losses": {str(number): _json(stage_folder(self.output, number) / "history.json") for number in STAGES},
-            "steps": {str(number): _json(stage_folder(self.output, number) / RECORD)["steps"] for number in STAGES},
+            "losses": {
+                str(number): files.read_json(stage_folder(self.output, number) / "history.json") for number in STAGES
+            },
+            "steps": {
+                str(number): files.read_json(stage_folder(self.output, number) / RECORD)["steps"] for number in STAGES
+            },
         }
         started = time.perf_counter()
         result |= {"captions": self._captions(), "vqa_rad": self._vqa_rad()}
         result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
         first = self.output / "captions" / next(iter(ASKED))
-        result["examples"] = scoring.examples(_said(first), self._rows(CAPTIONS))
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.result, json.dumps(result, indent=1) + "\n")
+        result["examples"] = scoring.examples(files.said(first), self._rows(CAPTIONS))
+        files.keep(self.name, self.settings, result)
 
     def _rows(self, name: str) -> list[dict]:
-        rows = [row for row in lines(GIVEN / name) if row["split"] == "test"]
-        return rows if self.limit is None else spread(rows, self.limit)
+        return files.test_rows(name, self.limit)
 
     def _evaluate(self, stage: int, task: str, data: str, output: Path, how: list[str]) -> dict:
         """What metrics.json says, of the test split."""
         limit = [] if self.limit is None else ["--limit", str(self.limit)]
         command = ["evaluate", str(stage_folder(self.output, stage)), "--task", task, "--data", str(GIVEN / data)]
-        prefixvlm([*command, *how, *limit, "--output", str(output)], output.with_suffix(".log"))
-        return _json(output / METRICS)
+        files.prefixvlm([*command, *how, *limit, "--output", str(output)], output.with_suffix(".log"))
+        return files.read_json(output / METRICS)
 
     def _captions(self) -> dict[str, dict]:
         found = {}
         for name, (stage, how) in ASKED.items():
             output = self.output / "captions" / name
             report = self._evaluate(stage, "captions", CAPTIONS, output, how)
-            scores = report["scores"] | {"class_named": scoring.class_named(_said(output), self._rows(CAPTIONS))}
+            scores = report["scores"] | {"class_named": scoring.class_named(files.said(output), self._rows(CAPTIONS))}
             found[name] = {"scores": scores, "intervals": report["intervals"]}
         return found
 
     def _vqa_rad(self) -> dict[str, dict]:
         output = self.output / "vqa_rad"
         self._evaluate(max(STAGES), "vqa", ANSWERS, output, [])
-        training = [row for row in lines(GIVEN / ANSWERS) if row["split"] == "train"]
-        return scoring.by_answer_type(_said(output), self._rows(ANSWERS), training)
-
-
-def prefixvlm(arguments: list[str], log: Path) -> tuple[float, float]:
-    """Runs a command of `prefixvlm`; returns its seconds and its peak memory in GiB.
-
-    Raises:
-        ValueError: if it fails, with its last line.
-    """
-    print(f"prefixvlm {shlex.join(arguments)}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, "-m", "prefixvlm", *arguments], stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)  # which also says what the process took
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
-        raise ValueError(f"`prefixvlm {arguments[0]}` failed ({last}); see {log}.")
-    kibibytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return round(time.perf_counter() - started, 1), round(kibibytes / KIBIBYTES_A_GIB, 2)
-
-
-def prepare(data: Path) -> None:
-    """Makes the given data reachable where the recipe names them, and writes the questions of stage 3.
-
-    Raises:
-        ValueError: for missing data or halves.
-    """
-    for name in (CAPTIONS, ANSWERS):
-        if not (data / name).is_file():
-            raise ValueError(f"{data} has no {name}; docs/REAL.md says what --data must hold.")
-    for name in HALVES:
-        if not (BUILD / name).is_dir():
-            raise ValueError(
-                f"There is no {BUILD / name}; `make real` converts it, or python -m evidence.real.halves {BUILD}"
-            )
-    if GIVEN.is_symlink():
-        GIVEN.unlink()
-    GIVEN.symlink_to(data.resolve(), target_is_directory=True)
-    QUESTIONS.parent.mkdir(exist_ok=True)
-    write_lines(QUESTIONS, conversations(lines(data / CAPTIONS)))
-
-
-def _json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _said(folder: Path) -> list[str]:
-    return [row["prediction"] for row in read_predictions(folder)]
+        training = [row for row in files.lines(GIVEN / ANSWERS) if row["split"] == "train"]
+        return scoring.by_answer_type(files.said(output), self._rows(ANSWERS), training)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -202,21 +132,21 @@ def run(options: argparse.Namespace) -> None:
         ValueError: in one sentence, for what cannot be used or a command that fails.
     """
     report.check(options.report)  # before hours of work whose results could not be written
-    prepare(options.data)
+    files.prepare(options.data)
     jobs = [Job(arm, seed, options.set, options.limit) for arm in options.arms for seed in range(options.seeds)]
     waiting = [job for job in jobs if not job.is_done()]
     for job in waiting:
         job.run()
-    results = {job.name: _json(job.result) for job in jobs}
+    results = {job.name: files.read_json(files.result_file(job.name)) for job in jobs}
     given = [name for name in ("seeds", "arms", "set", "limit") if getattr(options, name) != DEFAULTS[name]]
     values = {name: value if isinstance(value, list) else [value] for name, value in vars(options).items()}
     shown = " ".join(f"--{name} {' '.join(map(str, values[name]))}" for name in given)
-    pairs = [(row, text) for row in lines(GIVEN / CAPTIONS) if row["split"] == "test" for text in row["texts"]]
+    pairs = [(row, text) for row in files.test_rows(CAPTIONS, None) for text in row["texts"]]
     results["run"] = {
         "command": "make real REAL_DATA=folder" + (f' REAL_ARGS="{shown}"' if shown else ""),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": versions(),
-        "halves": {name: _json(BUILD / name / "conversion.json") for name in HALVES},
+        "halves": {name: files.read_json(files.BUILD / name / "conversion.json") for name in files.HALVES},
         "people_class_named": scoring.class_named([text for _, text in pairs], [row for row, _ in pairs]),
     }
     report.write(results, options.report, GIVEN / "ucm_captions")

@@ -142,7 +142,7 @@ def test_another_number_changes_its_table_and_leaves_the_prose_alone(page):
         ("<!-- table: noise -->", "<!-- table: nose -->", "place for a table 'nose'; the tables are run, "),
         ("<!-- table: noise -->", "", "no place for the table 'noise'; give it one: <!-- table: noise -->"),
         ("<!-- table: noise -->", "<!-- table: run -->", "several places for the table 'run'"),
-        ("<!-- /table -->\n\n## What this", "## What this", "the table 'short-cut' has no end"),
+        ("<!-- /table -->\n\n## The same", "## The same", "the table 'short-cut' has no end"),
         ("<!-- /table -->", "", "the table 'run' has no end"),
     ],
 )

@@ -149,6 +149,7 @@ def test_in_the_root_of_the_repository_the_installed_package_runs(run):
     assert "vision" in run("python", "-m", "prefixvlm", "info", "tiny").stdout
 
 
+@pytest.mark.slow
 def test_accelerate_launches_the_installed_package_in_the_root_of_the_repository(run, tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump({**SMALL, "output": str(tmp_path / "out")}))

@@ -1,68 +1,14 @@
 """`python -m evidence.real` runs what is not done, job by job, and refuses in a sentence what it cannot use."""
 
-import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from evidence.data import write_lines
 from evidence.real import __main__ as driver
-from evidence.real import report
+from evidence.real import workspace
 from prefixvlm.train.recipes.schema import load_recipe
 from prefixvlm.train.recipes.stages import PAPER_STAGES
-
-
-@pytest.fixture
-def given(tmp_path, monkeypatch) -> Path:
-    """Data of the layout that is asked for, the halves as if they had been converted, and a page to fill in."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "given"
-    for name in ("ucm_captions", "vqa_rad"):
-        (folder / name / "images").mkdir(parents=True)
-    rows = []
-    for number, split in enumerate(("train", "train", "val", "test", "test")):
-        image = f"images/{number}.jpg"
-        Image.new("RGB", (8, 8)).save(folder / "ucm_captions" / image)
-        rows.append({"image": image, "texts": [f"A river and {number} boats ."], "split": split, "class_by_index": "river"})
-    write_lines(folder / driver.CAPTIONS, rows)
-    question = {"image": "images/0.jpg", "question": "Is it?", "answer": "no", "answer_type": "CLOSED"}
-    write_lines(folder / driver.ANSWERS, [question | {"split": split} for split in ("train", "test")])
-    for name in driver.HALVES:
-        (driver.BUILD / name).mkdir(parents=True)
-        (driver.BUILD / name / "conversion.json").write_text(json.dumps({"package": f"{name} 1"}))
-    Path("REAL.md").write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def commands(monkeypatch) -> list[list[str]]:
-    """The commands of `prefixvlm` that were run; they leave what the real ones would."""
-    run: list[list[str]] = []
-
-    def prefixvlm(arguments: list[str], log: Path) -> tuple[float, float]:
-        run.append(arguments)
-        options = dict(pairwise(arguments))
-        if arguments[0] == "train":
-            output = Path(next(one for one in arguments if one.startswith("output=")).removeprefix("output="))
-            for number in driver.STAGES:
-                folder = output / f"stage-{number}"
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "history.json").write_text(json.dumps([{"step": 1, "loss": 2.0}]))
-                (folder / "run.json").write_text(json.dumps({"steps": 1}))
-        else:
-            count = 2 if options["--task"] == "captions" else 1
-            output = Path(options["--output"])
-            output.mkdir(parents=True)
-            write_lines(output / "predictions.jsonl", [{"prediction": "A river ."}] * count)
-            scores = dict.fromkeys(report.SCORES, 0.5)
-            (output / "metrics.json").write_text(json.dumps({"scores": scores, "intervals": {"CIDEr": [0.4, 0.6]}}))
-        return 60.0, 1.5
-
-    monkeypatch.setattr(driver, "prefixvlm", prefixvlm)
-    return run
 
 
 def main(monkeypatch, *arguments: object) -> int:
@@ -86,17 +32,17 @@ def test_finished_jobs_are_kept_and_the_page_is_filled(given, commands, monkeypa
 
 
 def test_a_job_that_failed_is_tried_again_and_said_so(given, commands, monkeypatch, capsys):
-    run = driver.prefixvlm
+    run = workspace.prefixvlm
 
     def fails(arguments, log):
         if "vqa" in arguments:
             raise ValueError("it broke")
         return run(arguments, log)
 
-    monkeypatch.setattr(driver, "prefixvlm", fails)
+    monkeypatch.setattr(workspace, "prefixvlm", fails)
     assert main(monkeypatch, "--data", given) == 1
     assert capsys.readouterr().err == "python -m evidence.real: it broke\n"
-    assert not driver.RESULTS.exists()
+    assert not workspace.RESULTS.exists()
 
 
 def test_arms_differ_by_their_image_tokens(given, commands, monkeypatch):
@@ -132,17 +78,17 @@ def test_what_is_missing_is_said_before_any_work(gone, message, given, commands,
 
 def test_a_command_that_fails_is_named_with_its_last_line(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"`prefixvlm train` failed \(prefixvlm train: There is no recipe no-such"):
-        driver.prefixvlm(["train", "no-such"], tmp_path / "logs" / "train.log")
+        workspace.prefixvlm(["train", "no-such"], tmp_path / "logs" / "train.log")
 
 
 def test_a_command_is_measured(tmp_path):
-    seconds, peak = driver.prefixvlm(["train", "--help"], tmp_path / "train.log")
+    seconds, peak = workspace.prefixvlm(["train", "--help"], tmp_path / "train.log")
     assert 0 < seconds < 600
     assert 0.005 < peak < 8  # GiB
 
 
 def test_masks_noise_and_what_trains_are_the_papers():
-    recipe = load_recipe(str(driver.RECIPE))
+    recipe = load_recipe(str(workspace.RECIPE))
     assert list(recipe.stages) == list(PAPER_STAGES)
     for number, paper in PAPER_STAGES.items():
         stage = recipe.stages[number].stage
@@ -150,7 +96,7 @@ def test_masks_noise_and_what_trains_are_the_papers():
             assert getattr(stage, kept) == getattr(paper, kept)
     paths = [recipe.stages[number].data["path"] for number in (0, 1, 2)]
     paths += [part["path"] for part in recipe.stages[3].data["parts"]]
-    captions, answers = (str(driver.GIVEN / name) for name in (driver.CAPTIONS, driver.ANSWERS))
-    assert paths == [captions] * 3 + [str(driver.QUESTIONS), answers]
+    captions, answers = (str(workspace.GIVEN / name) for name in (workspace.CAPTIONS, workspace.ANSWERS))
+    assert paths == [captions] * 3 + [str(workspace.QUESTIONS), answers]
     for changes in driver.ARMS.values():
-        load_recipe(str(driver.RECIPE), changes)
+        load_recipe(str(workspace.RECIPE), changes)

@@ -216,6 +216,7 @@ def test_missing_packages_are_found_before_the_work(examples, asked, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     PROCESSOR.save_pretrained(tmp_path)

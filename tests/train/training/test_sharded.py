@@ -79,6 +79,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_two_processes_equal_one(trained, name):
     one, two = (json.loads((trained / folder / "history.json").read_text()) for folder in ("one", name))
@@ -98,6 +99,7 @@ def loaded(trained, tmp_path_factory):
     return {name: torch.load(folder / "loaded.pt") for name, folder in folders.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint-2", "final"])
 def test_what_shards_save_loads_through_the_auto_class(trained, loaded, name):
     weights, before = loaded[name], tiny_model().state_dict()
@@ -108,6 +110,7 @@ def test_what_shards_save_loads_through_the_auto_class(trained, loaded, name):
             assert (weights[key] - expected).abs().max() < 1e-6, key
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_sharded_stage_after_stage(trained):
     shapes = []
     for number in (0, 2):
@@ -119,6 +122,7 @@ def test_a_recipe_runs_sharded_stage_after_stage(trained):
         assert config["attention_mode"] == mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["validated", "validated_sharded"])
 def test_the_held_out_loss_and_the_best_are_those_of_one_process(trained, name):
     losses, best = [], []
@@ -132,6 +136,7 @@ def test_the_held_out_loss_and_the_best_are_those_of_one_process(trained, name):
     assert best == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [".", "checkpoint-1"])
 def test_adapters_of_a_sharded_model_load_in_their_mode(trained, name):
     folder = trained / "lora" / "stage-2" / name

@@ -22,15 +22,20 @@ from prefixvlm.train.training.run import RECORD, stage_folder
 
 STAGES = range(4)
 # by the number of image tokens, the changes to the recipe
-ARMS = {"64": [], "256": ["model.image_size=224"], "16": ["model.config.pixel_shuffle=2"]}
+ARMS = {
+    "16": [],
+    "64": ["model.config.pixel_shuffle=1"],
+    "256": ["model.config.pixel_shuffle=1", "model.image_size=224"],
+}
 # by its name on the page: the stage whose model is asked for captions, and how
 ASKED = {
     "stage 2, greedy": (2, []),
     "stage 2, 3 beams": (2, ["--num-beams", "3"]),
+    "stage 2, greedy, weights of 8 bits": (2, ["--int8"]),
     "stage 3, greedy": (3, ["--prompt", DESCRIBE]),
     "stage 3, 3 beams": (3, ["--prompt", DESCRIBE, "--num-beams", "3"]),
 }
-DEFAULTS = {"seeds": 1, "arms": ["64"], "set": [], "limit": None}
+DEFAULTS = {"seeds": 1, "arms": ["16"], "set": [], "limit": None}
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m evidence.real", description=__doc__.splitlines()[0])
     options.add_argument("--data", type=Path, required=True, help="folder with ucm_captions and vqa_rad")
     options.add_argument("--seeds", type=int, help="how many (default: 1)")
-    options.add_argument("--arms", nargs="+", choices=ARMS, help="numbers of image tokens (default: 64)")
+    options.add_argument("--arms", nargs="+", choices=ARMS, help="numbers of image tokens (default: 16)")
     options.add_argument("--set", nargs="+", metavar="key=value", help="changes to the recipe")
     options.add_argument("--limit", type=int, metavar="N", help="evaluate on N examples of each test set")
     options.add_argument("--report", type=Path, default=report.PAGE, help="page to fill in (default: docs/REAL.md)")

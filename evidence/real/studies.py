@@ -1,8 +1,8 @@
 """`python -m evidence.real.studies`: the paper's claims on the two pretrained halves, for docs/EVIDENCE.md.
 
-An arm is evidence/real/recipe.yaml with 16 image tokens, fewer steps, and what the arm is named for. Finished jobs are
-kept, an unfinished one continues from its last checkpoint, and none is begun that would probably end after `--hours`: what
-is left out then is said on the page.
+An arm is evidence/real/recipe.yaml with fewer steps and what the arm is named for. Finished jobs are kept, an unfinished one
+continues from its last checkpoint, and none is begun that would probably end after `--hours`: what is left out then is said
+on the page.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from prefixvlm.train.recipes.schema import load_recipe
 from prefixvlm.train.training.run import stage_folder
 
 SEEDS, HOURS = 3, 8.0
-STEPS = {0: 20, 1: 20, 2: 90, 3: 30}
-ONE_STAGE = 150  # steps of a single stage that come to the same floating-point operations
+STEPS = {0: 20, 1: 20, 2: 120, 3: 20}
+ONE_STAGE = 190  # steps of a single stage that come to the same floating-point operations
 TEXTS = "human_vs_machine_text"
 COCO_ROWS = 300
 
@@ -39,11 +39,12 @@ def _one_stage(recipe: dict) -> None:
     """Everything trains from the start, on what the four stages see, in the same shares."""
     stages = recipe["stages"]
     *alignment, last = sorted(stages)
-    captions = stages[last - 1]["data"] | {"weight": sum(STEPS[number] for number in alignment)}
-    shares = [STEPS[last] / len(stages[last]["data"]["parts"])] * len(stages[last]["data"]["parts"])
-    talks = [part | {"weight": share} for part, share in zip(stages[last]["data"]["parts"], shares, strict=True)]
+    samples = {number: stages[number]["max_steps"] * stages[number]["batch_size"] for number in stages}
+    captions = stages[last - 1]["data"] | {"weight": sum(samples[number] for number in alignment)}
+    talks = stages[last]["data"]["parts"]
+    parts = [captions, *(part | {"weight": samples[last] / len(talks)} for part in talks)]
     rates = {key: stages[last - 1][key] for key in ("vision_tower_lr", "language_model_lr")}
-    data = {"source": "mixture", "parts": [captions, *talks]}
+    data = {"source": "mixture", "parts": parts}
     recipe["stages"] = {last: stages[last] | rates | {"data": data, "max_steps": ONE_STAGE}}
 
 
@@ -78,7 +79,6 @@ def recipe_of(arm: str, seed: int, output: Path) -> dict:
     """The recipe of an arm, as values."""
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     recipe |= {"seed": seed, "output": str(output)}
-    recipe["model"]["config"]["pixel_shuffle"] = 2
     for number, steps in STEPS.items():
         recipe["stages"][number]["max_steps"] = steps
     ARMS[arm](recipe)

@@ -18,7 +18,7 @@ def main(monkeypatch, *arguments: object) -> int:
 
 def test_finished_jobs_are_kept_and_the_page_is_filled(given, commands, monkeypatch):
     assert main(monkeypatch, "--data", given) == 0
-    assert [command[0] for command in commands] == ["train"] + ["evaluate"] * 5
+    assert [command[0] for command in commands] == ["train"] + ["evaluate"] * 6
     commands.clear()
     assert main(monkeypatch, "--data", given, "--seeds", 2) == 0
     assert sum(command[0] == "train" for command in commands) == 1
@@ -46,9 +46,9 @@ def test_a_job_that_failed_is_tried_again_and_said_so(given, commands, monkeypat
 
 
 def test_arms_differ_by_their_image_tokens(given, commands, monkeypatch):
-    assert main(monkeypatch, "--data", given, "--arms", "64", "256", "16", "--set", "stages.2.max_steps=5") == 0
+    assert main(monkeypatch, "--data", given, "--arms", "16", "64", "256", "--set", "stages.2.max_steps=5") == 0
     trained = [command for command in commands if command[0] == "train"]
-    assert all(set(driver.ARMS[arm]) <= set(command) for arm, command in zip(("64", "256", "16"), trained, strict=True))
+    assert all(set(driver.ARMS[arm]) <= set(command) for arm, command in zip(driver.ARMS, trained, strict=True))
     assert all("stages.2.max_steps=5" in command for command in trained)
     assert len({command[-2] for command in trained}) == 3  # outputs
 
@@ -56,7 +56,7 @@ def test_arms_differ_by_their_image_tokens(given, commands, monkeypatch):
 def test_a_result_of_another_recipe_is_refused(given, commands, monkeypatch, capsys):
     assert main(monkeypatch, "--data", given) == 0
     assert main(monkeypatch, "--data", given, "--set", "bf16=false") == 1
-    assert "is of another recipe or other settings; remove it and build/real/runs/64/0." in capsys.readouterr().err
+    assert "is of another recipe or other settings; remove it and build/real/runs/16/0." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

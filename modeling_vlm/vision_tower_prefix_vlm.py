@@ -145,9 +145,9 @@ def _tower(model: PreTrainedModel, config: PrefixVLMConfig) -> nn.Module:
         inner.post_layernorm = nn.Identity()  # of the class token alone
     embeddings = getattr(inner, "embeddings", None)
     if embeddings is not None and isinstance(getattr(embeddings, "mask_token", None), nn.Parameter):
-        value = embeddings.mask_token.data
+        unread = torch.zeros(embeddings.mask_token.shape)  # of its own: a parameter may still be on the meta device
         del embeddings.mask_token
-        embeddings.register_buffer("mask_token", value, persistent=False)
+        embeddings.register_buffer("mask_token", unread, persistent=False)
     if config.num_vision_layers != getattr(config.vision_config, "num_hidden_layers", None):
         if kind not in FINAL_NORMS:
             raise ValueError(

@@ -1,8 +1,8 @@
 """`python -m evidence.real.studies`: the paper's claims on the two pretrained halves, for docs/EVIDENCE.md.
 
-An arm is evidence/real/recipe.yaml with fewer steps and what the arm is named for. Finished jobs are kept, an unfinished one
-continues from its last checkpoint, and none is begun that would probably end after `--hours`: what is left out then is said
-on the page.
+An arm is evidence/real/recipe.yaml with fewer steps and what the arm is named for. Finished jobs are kept, an unfinished
+one continues from its last checkpoint, and none is begun that would probably end after `--hours`: what is left out then is
+said on the page.
 """
 
 import argparse

@@ -158,6 +158,8 @@ class PrefixVLMConfig(PretrainedConfig):
             and ViT after its final norm, in CLIP without one); of earlier ones, before any norm. Later layers do not exist.
         pixel_shuffle: s, so that s x s neighbouring patches become one image token, side by side in the projector's input.
         mean_pooling: s, so that they become one by their mean. At most one of both can be above 1.
+        projector_norm: whether a LayerNorm stands before the projector, for features that no norm of the encoder's has
+            passed; the paper's have.
         tie_word_embeddings: whether the language head shares its weights with the embeddings; `None` follows `text_config`,
             which holds it from then on.
 
@@ -183,10 +185,13 @@ class PrefixVLMConfig(PretrainedConfig):
         vision_feature_layer=-1,
         pixel_shuffle=1,
         mean_pooling=1,
+        projector_norm=False,
         **kwargs,
     ):
         if attention_mode not in ATTENTION_MODES:
             raise ValueError(f"attention_mode is {attention_mode!r}; choose one of {', '.join(ATTENTION_MODES)}.")
+        if not isinstance(projector_norm, bool):
+            raise ValueError(f"projector_norm is {projector_norm!r}; choose true or false.")
         # sub-configurations first: the base class passes settings such as attn_implementation on to them
         if isinstance(text_config, dict):
             text_config = _readable_text_config(text_config)
@@ -201,6 +206,7 @@ class PrefixVLMConfig(PretrainedConfig):
         self.vision_feature_layer = vision_feature_layer
         self.pixel_shuffle = pixel_shuffle
         self.mean_pooling = mean_pooling
+        self.projector_norm = projector_norm
         _ = self.num_vision_layers, self.num_image_tokens  # which check them
         if tie_word_embeddings is None:
             tie_word_embeddings = self.tie_word_embeddings

@@ -84,7 +84,7 @@ class PrefixVLMCausalLMOutputWithPast(ModelOutput):
 class PrefixVLMProjector(nn.Module):
     """Linear - activation - Linear, from the width of the vision encoder to that of the language model (Fig. 2).
 
-    Before them, `pixel_shuffle` or `mean_pooling` make one of neighbouring patches.
+    Before them, `pixel_shuffle` or `mean_pooling` make one of neighbouring patches, and `projector_norm` normalises it.
     """
 
     def __init__(self, config: PrefixVLMConfig):
@@ -92,12 +92,14 @@ class PrefixVLMProjector(nn.Module):
         text_width = config.text_config.hidden_size
         hidden_width = config.projector_hidden_size or text_width
         self.groups = PatchGroups(config.pixel_shuffle, config.mean_pooling)
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size * config.pixel_shuffle**2, hidden_width)
+        read_width = config.vision_config.hidden_size * config.pixel_shuffle**2
+        self.norm = nn.LayerNorm(read_width) if config.projector_norm else nn.Identity()
+        self.linear_1 = nn.Linear(read_width, hidden_width)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(hidden_width, text_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(self.groups(features))))
+        return self.linear_2(self.act(self.linear_1(self.norm(self.groups(features)))))
 
 
 class PrefixVLMPreTrainedModel(PreTrainedModel):
@@ -122,6 +124,9 @@ class PrefixVLMPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, mean=0.0, std=getattr(self.config.text_config, "initializer_range", 0.02))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 4
 

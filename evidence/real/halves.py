@@ -158,7 +158,9 @@ def convert_decoder(file: Path, folder: Path) -> dict:
     Raises:
         ValueError: if that is not Paris.
     """
-    decoder = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    decoder = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16, **_as_plain_weights()
+    )
     tokenizer = smollm2_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     decoder.config.update(ids)
@@ -170,6 +172,15 @@ def convert_decoder(file: Path, folder: Path) -> dict:
     decoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"continuation": continuation}
+
+
+def _as_plain_weights() -> dict:
+    """What transformers 5 must be told: else the weights stay in blocks, which it does not save. 4.x knows no other way."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def smollm2_tokenizer(read) -> PreTrainedTokenizerFast:

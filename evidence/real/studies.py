@@ -29,8 +29,8 @@ from prefixvlm.train.recipes.schema import load_recipe
 from prefixvlm.train.training.run import stage_folder
 
 SEEDS, HOURS = 3, 8.0
-STEPS = {0: 20, 1: 20, 2: 120, 3: 20}
-ONE_STAGE = 190  # steps of a single stage that come to the same floating-point operations
+STEPS = {0: 20, 1: 20, 2: 240, 3: 20}
+ONE_STAGE = 255  # steps of a single stage that come to the same floating-point operations
 TEXTS = "human_vs_machine_text"
 COCO_ROWS = 300
 

@@ -40,7 +40,7 @@ def _halves(root: Path) -> Iterator[tuple]:
     save_decoder(text)
     for name in ENCODERS:
         encoder(name).save_pretrained(root / name)
-        yield name, root / name, text, SHAPES, {"vision_feature_layer": -2}
+        yield name, root / name, text, SHAPES, {"vision_feature_layer": -2, "projector_norm": True}
     vision = root / "vision"
     torch.manual_seed(0)
     AutoModel.from_config(tiny_config().vision_config).save_pretrained(vision)

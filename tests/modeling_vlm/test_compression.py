@@ -68,6 +68,11 @@ def test_groups_that_do_not_divide_the_grid_are_refused(name, group):
         tiny_config(**SIZES, **{name: group})
 
 
+def test_a_norm_that_is_neither_there_nor_not_is_refused():
+    with pytest.raises(ValueError, match="projector_norm is 'layer'; choose true or false"):
+        tiny_config(projector_norm="layer")
+
+
 def test_both_at_once_are_refused():
     with pytest.raises(ValueError, match="pixel_shuffle is 2 and mean_pooling 2; leave one of them at 1"):
         tiny_config(**SIZES, pixel_shuffle=2, mean_pooling=2)

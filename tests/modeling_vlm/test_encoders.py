@@ -111,6 +111,17 @@ def test_an_earlier_layer_is_read_before_any_norm(name, index, join, tmp_path):
     assert torch.equal(again.get_vision_features(pixels), model.get_vision_features(pixels))
 
 
+@torch.no_grad()
+def test_before_a_normed_projector_scale_and_mean_of_features_do_not_matter(join, tmp_path):
+    model, features = join("DINOv2", projector_norm=True, pixel_shuffle=2), torch.randn(1, GRID**2, 32)
+    again = saved_and_loaded(model, tmp_path)
+    torch.testing.assert_close(again.projector(100 * features + 3), model.projector(features), rtol=1e-4, atol=1e-4)
+    # and the first layer reads what is normed over all that is in a token, as InternVL's does
+    (read,) = [module for module in model.projector.children() if isinstance(module, torch.nn.LayerNorm)]
+    assert read.normalized_shape == (4 * 32,)
+    assert not any("norm" in name for name in join("DINOv2").projector.state_dict())
+
+
 @every_encoder
 @torch.no_grad()
 def test_the_last_layer_can_be_counted_from_either_end(name, join):

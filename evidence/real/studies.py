@@ -29,8 +29,8 @@ from prefixvlm.train.recipes.schema import load_recipe
 from prefixvlm.train.training.run import stage_folder
 
 SEEDS, HOURS = 3, 8.0
-STEPS = {0: 20, 1: 20, 2: 240, 3: 20}
-ONE_STAGE = 255  # steps of a single stage that come to the same floating-point operations
+STEPS = {0: 20, 1: 20, 2: 480, 3: 20}
+ONE_STAGE = 510  # steps of a single stage that come to the same floating-point operations
 TEXTS = "human_vs_machine_text"
 COCO_ROWS = 300
 
@@ -43,9 +43,10 @@ def _one_stage(recipe: dict) -> None:
     captions = stages[last - 1]["data"] | {"weight": sum(samples[number] for number in alignment)}
     talks = stages[last]["data"]["parts"]
     parts = [captions, *(part | {"weight": samples[last] / len(talks)} for part in talks)]
-    rates = {key: stages[last - 1][key] for key in ("vision_tower_lr", "language_model_lr")}
+    as_before = ("vision_tower_lr", "language_model_lr", "batch_size", "device_batch_size")
+    kept = {key: stages[last - 1][key] for key in as_before}
     data = {"source": "mixture", "parts": parts}
-    recipe["stages"] = {last: stages[last] | rates | {"data": data, "max_steps": ONE_STAGE}}
+    recipe["stages"] = {last: stages[last] | kept | {"data": data, "max_steps": ONE_STAGE}}
 
 
 def _without_stage_0(recipe: dict) -> None:

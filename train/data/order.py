@@ -61,10 +61,22 @@ class EpochSampler(Sampler):
         if self.samples.lengths is None:
             order = torch.randperm(len(self.samples), generator=generator).tolist()
         else:
-            order = get_length_grouped_indices(self.samples.lengths, self.batch_size, generator=generator)
+            order = self._grouped(self.samples.lengths, generator)
         padding = itertools.islice(itertools.cycle(order), len(self) - len(order))
         yield from ((self.epoch, index, False) for index in order)
         yield from ((self.epoch, index, True) for index in padding)
+
+    def _grouped(self, lengths: list[int], generator: torch.Generator) -> list[int]:
+        """Batches of similar length in random order: transformers' go from long to short, over and over, and where the
+        length says something about the content, a model learns that order instead.
+
+        The first stays the one with the longest sample, which shows at once whether memory suffices.
+        """
+        order = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
+        first, *others = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        last = [others.pop()] if others and len(others[-1]) < self.batch_size else []
+        shuffled = [others[place] for place in torch.randperm(len(others), generator=generator).tolist()]
+        return [index for batch in (first, *shuffled, *last) for index in batch]
 
 
 class StreamedSamples(IterableDataset):

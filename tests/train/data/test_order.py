@@ -1,5 +1,7 @@
 """The order of an epoch: a shuffle or groups of similar lengths, the same for the same seed, nothing lost."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +46,16 @@ def test_grouped_batches_hold_similar_lengths():
     batches = [[lengths[index] for index in indices[start : start + 8]] for start in range(0, 400, 8)]
     spread = [max(batch) - min(batch) for batch in batches[1:]]  # the first also holds the longest of all
     assert sum(spread) / len(spread) < 12  # of 100
+
+
+def test_grouped_batches_come_in_no_order_of_length():
+    lengths = [(37 * index) % 101 for index in range(405)]
+    indices = order(EpochSampler(ordered(405, lengths), 8, 1))
+    means = [sum(lengths[index] for index in indices[start : start + 8]) / 8 for start in range(0, 400, 8)]
+    rising = sum(after > before for before, after in itertools.pairwise(means))
+    assert 15 < rising < 35  # of 49; sorted ones would have none
+    assert lengths[indices[0]] == max(lengths)  # what fits into memory shows in the first step
+    assert len(set(indices)) == 405
 
 
 def test_a_sample_has_a_seed_of_its_own_in_each_epoch():

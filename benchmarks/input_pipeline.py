@@ -27,7 +27,7 @@ def run(setup: Setup, consumed: dict[str, float] | None = None, captions: Path =
         for index in range(SAMPLES):
             path = Path(folder, f"{index}.jpg")
             Image.effect_noise(PICTURE, 32).convert("RGB").save(path, quality=90)
-            samples.append(Conversation([path], [("assistant", words[index % len(words)])], path.name))
+            samples.append(Conversation.about([path], [("user", ""), ("assistant", words[index % len(words)])], path.name))
 
         def load() -> None:
             for start in range(0, SAMPLES, BATCH):

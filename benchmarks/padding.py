@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from prefixvlm import PrefixVLMProcessor
 from prefixvlm.configuration.vision_backbone_prefix_vlm import siglip_image_processor
 from prefixvlm.train.data.collator import ConversationCollator
-from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.order import EpochSampler, OrderedSamples
 from prefixvlm.train.data.packing import pack
 from prefixvlm.train.data.sources import load as load_samples
@@ -56,7 +55,7 @@ def sample_lengths(options, text_format: str) -> list[int]:
     samples = load_samples(options.source, path=options.path)
     dot = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE))
     loaded = [samples[index] for index in range(len(samples))]
-    loaded = [Conversation([dot] * len(sample.images), sample.turns, sample.name) for sample in loaded]
+    loaded = [sample.with_images([dot] * len(sample.images)) for sample in loaded]
     return [len(sample) for sample in collator.encoded(loaded)]
 
 

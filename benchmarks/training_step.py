@@ -132,7 +132,11 @@ def main() -> None:
     pictures = [Image.effect_noise((320, 240), 64).convert("RGB") for _ in range(PICTURES)]
     count = BATCH * (STEPS + 1)
     samples = [
-        Conversation([pictures[index % PICTURES]], [("assistant", captions[index % len(captions)])], f"sample {index}")
+        Conversation.about(
+            [pictures[index % PICTURES]],
+            [("user", ""), ("assistant", captions[index % len(captions)])],
+            f"sample {index}",
+        )
         for index in range(count)
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -15,27 +15,22 @@ from .configuration_prefix_vlm import IMAGE_TOKEN, TURN_END_TOKEN, TURN_START_TO
 CHAT_TEMPLATES = ("chatml", "own")
 
 # ChatML, with the image before the first turn as the paper's sequence has it: <im>*P INST1 ans1 INST2 ans2 (section III-D).
-# Of several images, those that open the first message move to the front; the others stay in place.
+# Those that open the first user turn move to the front; all others stay in place.
 # message['role'], not message.role: attribute access is slow in Jinja's sandbox.
 CHATML = """\
 {%- if bos_token and bos_token != 'TURN_START' %}{{ bos_token }}{% endif -%}
-{%- set front = namespace(message=-1, images=0) -%}
+{%- set front = namespace(message=-1, images=0, is_over=false) -%}
 {%- for message in messages -%}
   {%- if front.message < 0 and message['content'] is not string -%}
-    {%- set seen = namespace(images=0, leading=0, text=false) -%}
     {%- for part in message['content'] -%}
-      {%- if part['type'] in ('image', 'image_url') -%}
-        {%- set seen.images = seen.images + 1 -%}
-        {%- if not seen.text %}{% set seen.leading = seen.leading + 1 %}{% endif -%}
-      {%- else -%}
-        {%- set seen.text = true -%}
+      {%- if part['type'] in ('image', 'image_url') and message['role'] == 'user' and not front.is_over -%}
+        {%- set front.images = front.images + 1 -%}
+      {%- elif part['type'] in ('image', 'image_url') or message['role'] == 'user' -%}
+        {%- set front.is_over = true -%}
       {%- endif -%}
     {%- endfor -%}
-    {%- if seen.images -%}
-      {%- set front.message = loop.index0 -%}
-      {%- set front.images = 1 if seen.images == 1 else seen.leading -%}
-    {%- endif -%}
   {%- endif -%}
+  {%- if front.message < 0 and message['role'] == 'user' %}{% set front.message = loop.index0 %}{% endif -%}
 {%- endfor -%}
 {%- for _ in range(front.images) %}{{ 'IMAGE_TOKEN' }}{% endfor -%}
 {%- for message in messages -%}

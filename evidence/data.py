@@ -46,7 +46,7 @@ def prepare_easy_vqa(folder: Path) -> None:
                 if name == "captions":
                     row["texts"] = [sample.caption]
                 else:
-                    said = [text for _, text in sample.turns]
+                    said = [text for _, text in sample.said]
                     row["conversations"] = llava_turns(list(zip(said[::2], said[1::2], strict=True)))
                 rows.append(row)
             write_lines(folder / f"{name}-{split}.jsonl", rows)

@@ -209,10 +209,10 @@ def ucm(workspace: Workspace, arm: str, seed: int, mode: str | None = None) -> d
     )
     model, processor = load(str(last))
     rows = [row for row in data.lines(folder / "captions.jsonl") if row["split"] == "test"]
-    asked = [Conversation([str(folder / row["image"])], [("user", data.DESCRIBE)]) for row in rows]
+    asked = [Conversation.about([str(folder / row["image"])], [("user", data.DESCRIBE)]) for row in rows]
     said = answer(model, processor, asked, batch_size=70, max_new_tokens=30)
     again = [
-        Conversation(one.images, [*one.turns, ("assistant", caption), ("user", data.WHAT)])
+        Conversation.about(one.images, [*one.said, ("assistant", caption), ("user", data.WHAT)])
         for one, caption in zip(asked, said, strict=True)
     ]
     classes = answer(model, processor, again, batch_size=70, max_new_tokens=10)
@@ -260,7 +260,9 @@ def pairs(workspace: Workspace, mode: str, seed: int) -> dict:
 
 def _accuracies(last: Path, folder: Path, questions: list[tuple[list[str], str, str]]) -> dict:
     model, processor = load(str(last))
-    asked = [Conversation([str(folder / image) for image in images], [("user", text)]) for images, text, _ in questions]
+    asked = [
+        Conversation.about([str(folder / image) for image in images], [("user", text)]) for images, text, _ in questions
+    ]
     said = answer(model, processor, asked, batch_size=100, max_new_tokens=6)
     scores = vqa_scores(said, [reference for *_, reference in questions]).scores
     return {f"{name}_accuracy": 100 * scores[name] for name in ("overall", "yes_no", "open")}

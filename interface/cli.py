@@ -226,6 +226,23 @@ def parser() -> argparse.ArgumentParser:
     add_device(command)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
 
+    command = add("inspect", inspect, "look at a data set as training reads it, and at what would be learnt")
+    command.add_argument("data", metavar="DATA", help="a file, folder, glob or Hub id")
+    command.add_argument("--source", default="auto", metavar="NAME", help="of the rows (default: found out)")
+    command.add_argument("--images", metavar="DIR", help="folder of the images (default: beside DATA)")
+    command.add_argument("--split", default="train", metavar="NAME", help="default: train")
+    command.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        help="an option of the source, such as image=photo",
+    )
+    command.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id, for control tokens and lengths")
+    command.add_argument("--limit", type=int, default=3, metavar="N", help="samples to show (default: 3)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--html", metavar="FILE", help="also write a page with the pictures")
+
     command = add("merge", merge, "make a whole model of an adapter (LoRA) and the model that it was trained on")
     command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of an adapter, or of a checkpoint of one")
     command.add_argument("--output", required=True, metavar="DIR", help="gets the model, its processor, code and card")
@@ -355,6 +372,30 @@ def train(options: argparse.Namespace) -> None:
         folder = run_recipe(recipe, stages, options.resume, options.random_init, options.overwrite)
         if is_main_process():
             print(f"Saved to {folder}")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    progress(f"Reading {options.data}")
+    go_offline_without_a_network(options.data, options.tokenizer)
+    from prefixvlm.inspection import as_json, as_text, inspect, write_page
+    from prefixvlm.train.recipes.schema import setting
+
+    if options.limit < 0:
+        raise ValueError(f"--limit is {options.limit}; it must be at least 0.")
+    keys = dict(setting(one) for one in options.key)
+    found = inspect(
+        options.data,
+        options.source,
+        options.limit,
+        options.tokenizer,
+        split=options.split,
+        **({"images": options.images} if options.images is not None else {}),
+        **keys,
+    )
+    print(as_json(found) if options.json else as_text(found))
+    if options.html is not None:
+        write_page(found, Path(options.html))
+        progress(f"Saved to {options.html}")
 
 
 def merge(options: argparse.Namespace) -> None:

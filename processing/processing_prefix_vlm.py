@@ -197,7 +197,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         Args:
             conversation: messages `{"role": ..., "content": text or parts}`, or a list of such conversations. An image part
                 is `{"type": "image", "image" | "url" | "path" | "base64": ...}`; without a source it stands for one of
-                `images`, given as to `__call__`.
+                `images`, given as to `__call__`. An assistant's message may have a `weight`: 0 gives it no labels.
             return_labels: with `tokenize` and `return_dict`, also return labels: what the template marks by
                 `{% generation %}`, or else the assistant's answers and the tokens that close them; -100 elsewhere.
             return_assistant_tokens_mask: also return `assistant_masks`, the same positions as a mask of 0 and 1.
@@ -209,9 +209,9 @@ class PrefixVLMProcessor(ProcessorMixin):
             The text, or `input_ids`, or with `return_dict` what `__call__` returns.
 
         Raises:
-            ValueError: as `__call__`; for a message part that is neither text nor image; for image parts that are not one
-                for each image; for what the template refuses or leaves out; or if labels are requested, and the template
-                closes an answer with no control token.
+            ValueError: as `__call__`; for a message part that is neither text nor image, or a weight that is neither 0
+                nor 1; for image parts that are not one for each image; for what the template refuses or leaves out; or if
+                labels are requested, and the template closes an answer with no control token.
             TypeError: for an argument that neither the template nor anything else uses.
         """
         text_kwargs, image_kwargs, template_kwargs = self._sorted_kwargs(kwargs, processor_kwargs or {})
@@ -251,7 +251,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         blanks = blanks_before_answers(self.tokenizer, chat_template) if with_labels and not marks_answers else ""
         is_open = bool(template_kwargs.get("continue_final_message"))
         texts, spans = [], []
-        for number, (messages, sources) in enumerate(cleaned, start=1):
+        for number, (messages, sources, weights) in enumerate(cleaned, start=1):
             try:
                 text, answers = render(messages, marks_answers)
                 written = control_tokens.count_images(text)
@@ -263,11 +263,13 @@ class PrefixVLMProcessor(ProcessorMixin):
                 refuse_dropped(messages, text)
                 if with_labels and not marks_answers:
                     answers = answer_spans(messages, text, lambda other: render(other)[0], control_tokens, blanks, is_open)
+                if answers and not all(weights):
+                    answers = _weighted(answers, weights)
             except Exception as error:  # of any kind that a template may raise
                 raise ValueError(f"Conversation {number} cannot be written: {str(error).rstrip('.')}.") from error
             texts.append(text)
             spans.append(answers or [])
-        groups = [[source for source in sources if source is not None] for _, sources in cleaned]
+        groups = [[source for source in sources if source is not None] for _, sources, _ in cleaned]
         if not tokenize:
             return texts[0] if alone else texts
         if images is not None:
@@ -477,16 +479,32 @@ def _image_source(part: dict):
     return next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
 
 
-def _clean(messages, as_typed: Callable) -> tuple[list[dict], list]:
-    """A copy of a conversation with its texts as typed, and its images in order, `None` for a placeholder."""
-    cleaned, images = [], []
+def _clean(messages, as_typed: Callable) -> tuple[list[dict], list, list[int]]:
+    """A copy of a conversation with its texts as typed, its images in order, `None` for a placeholder, and the weight of
+    each answer."""
+    cleaned, images, weights = [], [], []
     for message in messages:
+        weight = message.get("weight")
+        message = {name: value for name, value in message.items() if name != "weight"}
+        if weight not in (None, 0, 1):
+            raise ValueError(f"The weight of a message is {weight!r}; it must be 0 or 1.")
+        if message["role"] == "assistant":
+            weights.append(1 if weight is None else int(weight))
         content = message.get("content") or ""
         if not isinstance(content, str):
             images += [_image_source(part) for part in content if part.get("type") in IMAGE_PARTS]
             content = [_readable(part) for part in content]
         cleaned.append(_with_texts({**message, "content": content}, as_typed))
-    return cleaned, images
+    return cleaned, images, weights
+
+
+def _weighted(answers: list[tuple[int, int]], weights: list[int]) -> list[tuple[int, int]]:
+    """The answers whose weight is not 0."""
+    if len(answers) != len(weights):
+        raise ValueError(
+            f"the chat template marks {len(answers)} answers of {len(weights)}, so none can be left out by its weight"
+        )
+    return [answer for answer, weight in zip(answers, weights, strict=True) if weight]
 
 
 def _with_texts(value, change: Callable):

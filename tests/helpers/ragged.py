@@ -30,7 +30,7 @@ def ragged_samples() -> list[Conversation]:
     for number, images in enumerate(IMAGES):
         pictures = [Image.new("RGB", (16, 16), (40 * number, 80 * index, 90)) for index in range(images)]
         turns = [("user", "q" * (1 + number)), ("assistant", "a" * (9 - number))]
-        samples.append(Conversation(pictures, turns, f"row {number}"))
+        samples.append(Conversation.about(pictures, turns, f"row {number}"))
     return samples
 
 

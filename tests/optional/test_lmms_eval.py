@@ -54,7 +54,9 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(images):
     """What the model answers when we ask it, one question at a time."""
-    questions = [Conversation([image], [("user", question)], "") for image, question in zip(images, QUESTIONS, strict=True)]
+    questions = [
+        Conversation.about([image], [("user", question)], "") for image, question in zip(images, QUESTIONS, strict=True)
+    ]
     answers = answer(tiny_model(), tiny_processor(), questions, batch_size=1, max_new_tokens=MAX_NEW_TOKENS)
     assert len(set(answers)) > 1  # else a mixed-up order would not show
     return answers

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, S samples in the batch, I images in the batch, C chann
 import copy
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX
-from prefixvlm.train.data.conversation import Conversation
+from prefixvlm.processing.text_prefix_vlm import ESCAPE
+from prefixvlm.train.data.conversation import Conversation, Picture
 from prefixvlm.train.data.noise import Noise
 from prefixvlm.train.data.packing import pack
 from prefixvlm.train.recipes.stages import NoiseToken
@@ -171,12 +172,29 @@ class ConversationCollator:
         Raises:
             ValueError: for a text that cannot be used.
         """
+        rows = self.without_pixels(conversations)
+        return [(len(labels), sum(label != IGNORE_INDEX for label in labels[1:])) for _, labels in rows]
+
+    def without_pixels(self, conversations: Sequence[Conversation]) -> list[tuple[list[int], list[int]]]:
+        """(input ids, labels) of each sample, whose images are not opened.
+
+        Raises:
+            ValueError: for a text that cannot be used.
+        """
         if not conversations:
             return []
         processor = copy.copy(self.processor)
         processor.image_processor = _no_pixels
-        batch = self._processed(processor, [replace(one, images=[ANY_IMAGE] * len(one.images)) for one in conversations])
-        return [(len(labels), sum(label != IGNORE_INDEX for label in labels[1:])) for labels in batch["labels"]]
+        batch = self._processed(processor, [one.with_images([ANY_IMAGE] * len(one.images)) for one in conversations])
+        return list(zip(batch["input_ids"], batch["labels"], strict=True))
+
+    def written(self, sample: Conversation) -> str:
+        """What a sample becomes before it is tokenized, each image one token."""
+        if self.text_format == "caption":
+            text = self._caption(sample)
+        else:
+            text = self.processor.apply_chat_template(sample.messages())
+        return text.replace(ESCAPE, "")
 
     def refuse_too_long(self, sample: Conversation, tokens: int) -> None:
         """Raises a ValueError for a sample with more tokens than the decoder reads."""
@@ -190,7 +208,7 @@ class ConversationCollator:
         if self.frame is None:
             empty = [{"role": role, "content": ""} for role in ("user", "assistant")]
             self.frame = len(self.processor.text_ids(self.processor.apply_chat_template(empty)))
-        text = self.frame + sum(TURN_TOKENS + len(text.encode(errors="surrogatepass")) for _, text in sample.turns)
+        text = self.frame + sum(TURN_TOKENS + len(text.encode(errors="surrogatepass")) for _, text in sample.said)
         return len(sample.images) * self.processor.num_image_tokens + text > self.context
 
     def _source(self, sample: Conversation) -> random.Random:
@@ -204,7 +222,7 @@ class ConversationCollator:
         # a worker has a copy of this object, but its own state of torch's generator, in every epoch a new one; processes
         # that share a state have different samples
         drawn = int(torch.randint(2**63 - 1, ()))
-        return random.Random(f"{self.seed} {drawn} {sample.name} {sample.turns}")
+        return random.Random(f"{self.seed} {drawn} {sample.name} {sample.said}")
 
     def _processed(self, processor, conversations: Sequence[Conversation]):
         if self.text_format == "caption":
@@ -214,8 +232,11 @@ class ConversationCollator:
         return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_labels=True)
 
     def _caption(self, sample: Conversation) -> str:
-        images = self.processor.image_token * len(sample.images)
-        return images + self.processor.as_typed(sample.caption) + self.processor.tokenizer.eos_token
+        parts = (
+            self.processor.image_token if isinstance(part, Picture) else self.processor.as_typed(part)
+            for part in sample.caption_parts()
+        )
+        return "".join(parts) + self.processor.tokenizer.eos_token
 
 
 def _no_pixels(images, **kwargs) -> dict:

@@ -60,7 +60,7 @@ def captions(split: str) -> list[Conversation]:
         color, shape = facts(questions)
         words = ["a", color, shape or "shape"]
         caption = " ".join(word for word in words if word)
-        samples.append(Conversation([str(image)], [("user", ""), ("assistant", caption)], str(image)))
+        samples.append(Conversation.about([str(image)], [("user", ""), ("assistant", caption)], str(image)))
     return samples
 
 
@@ -74,5 +74,5 @@ def conversations(split: str) -> list[Conversation]:
     for image, questions in questions_by_image(split).items():
         ordered = sorted(questions, key=lambda pair: pair[1] not in ("yes", "no"))
         turns = [turn for question, answer in ordered for turn in (("user", question), ("assistant", answer))]
-        samples.append(Conversation([str(image)], turns, str(image)))
+        samples.append(Conversation.about([str(image)], turns, str(image)))
     return samples

@@ -65,7 +65,7 @@ class _Split:
         except ValueError:  # screening reports it
             content = [self.whole.name(index).encode()]
         else:
-            content = _content(sample.images[0]) if sample.images else [str(sample.turns).encode(errors="surrogatepass")]
+            content = _content(sample.images[0]) if sample.images else [str(sample.said).encode(errors="surrogatepass")]
         return int.from_bytes(_digest([str(self.seed).encode(), *content])[:8], "big")
 
 

@@ -7,6 +7,7 @@ is parsed when it is asked for. Everything else goes through `datasets`.
 
 import codecs
 import glob
+import gzip
 import hashlib
 import json
 import mmap
@@ -20,12 +21,23 @@ from typing import BinaryIO
 import numpy as np
 
 from prefixvlm.inference.loading import refuse_missing_path
+from prefixvlm.train.data.tables import HeldRows, object_rows, table_rows
 
-JSON_SUFFIXES = (".json", ".jsonl")
+# the kinds of files, by what their names end in, where a folder has several the first
+KINDS = {
+    "parquet": (".parquet",),
+    "webdataset": (".tar",),
+    "lines": (".jsonl", ".ndjson"),
+    "json": (".json",),
+    "table": (".csv", ".tsv", ".txt"),
+}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a folder of images, as `datasets` knows it
 SPLITS = ("train", "validation", "val", "dev", "test")
 BATCH = 16  # rows of a stream that `datasets` reads at a time
 LINE_FEED = 10
 CHUNK = 2**26  # bytes searched for ends of lines at once
+BEGINNING = 2**12  # bytes of a file, in which its first sign is
+WHITESPACE = b" \t\r\n"
 NO_WHITESPACE = re.compile(r"[^ \t\n\r]")
 DECODER = json.JSONDecoder()
 
@@ -50,7 +62,7 @@ class JsonRows:
         self._maps: dict[int, mmap.mmap | bytes] = {}
         places = []  # (rows, 4) per file: index of the file, first byte, the byte after the last, number of the row
         for number, file in enumerate(files):
-            spans = _line_spans(file) if file.endswith(".jsonl") else _list_spans(file, field)
+            spans = _line_spans(file) if field is None and _has_lines(file) else _list_spans(file, field)
             places.append(np.column_stack([np.full(len(spans), number), spans, np.arange(1, len(spans) + 1)]))
         self.places = np.concatenate(places)
         wanted = [index for index in range(len(self.places)) if _is_wanted(self._bytes(index), split)]
@@ -189,36 +201,95 @@ class TableStream(RowStream):
 
 
 def read_rows(
-    path: str, split: str | None = "train", streaming: bool = False, field: str | None = None, **hub: str | None
-) -> JsonRows | TableRows | RowStream:
+    path: str,
+    split: str | None = "train",
+    streaming: bool = False,
+    field: str | None = None,
+    annotations: str | None = None,
+    **hub: str | None,
+) -> JsonRows | TableRows | HeldRows | RowStream:
     """The rows of a data set.
 
     Args:
-        path: a .json or .jsonl file, a .parquet file, a glob of such files, a folder that holds some, or the name of a
-            data set on the Hub.
-        split: of a data set; of JSON rows, those whose key `split` has this value, and those without one. `a+b` is both.
+        path: a .json or .jsonl file (also .gz), a table (.csv, .tsv, .txt), .parquet or webdataset .tar files, a glob of
+            such files, a folder that holds some or images with their metadata, or the name of a data set on the Hub.
+        split: of a data set; of rows here, those whose key `split` has this value, and those without one. `a+b` is both.
         streaming: read while training.
         field: where in a JSON file the list of rows is.
+        annotations: the file with the answers to a file of questions.
         hub: `revision`, `token` and `cache_dir` of a data set on the Hub, as in `datasets`.
 
     Raises:
         ValueError: if there is nothing there, or a file as a whole cannot be read.
     """
     files = _files(path)
+    kind = _kind(files[0]) if files else None
     hub = {name: value for name, value in hub.items() if value is not None}
     if files and hub:
         raise ValueError(f"{path} is on this machine; leave out {', '.join(hub)}, which are for data sets on the Hub.")
-    if files and files[0].endswith(".jsonl") and streaming:
+    if kind == "lines" and streaming and not any(file.lower().endswith(".gz") or not _has_lines(file) for file in files):
         return LineStream(files, path, split)
-    if files and files[0].endswith(JSON_SUFFIXES):
-        rows = JsonRows(files, split, field)
+    if kind in ("lines", "json"):
+        rows = _json_rows(files, split, field, annotations)
         return ListStream(rows, path, split) if streaming else rows
-    table = _table(path, files, split or "train", streaming, hub)
+    if annotations is not None or field is not None:
+        raise ValueError(f"{path} is no JSON file; leave out {'annotations' if annotations else 'field'}.")
+    if kind == "table":
+        rows = table_rows(files).of_split(split)
+        return ListStream(rows, path, split) if streaming else rows
+    table = _table(path, files, kind, split or "train", streaming, hub)
     return (
         TableStream(table, "@".join(filter(None, (path, hub.get("revision")))), split)
         if streaming
         else TableRows(table, path)
     )
+
+
+def _kind(file: str) -> str | None:
+    """What a file is by its name, one of `KINDS`; `None` for any other."""
+    name = file.lower().removesuffix(".gz")
+    return next((kind for kind, suffixes in KINDS.items() if name.endswith(suffixes)), None)
+
+
+def _json_rows(files: list[str], split: str | None, field: str | None, annotations: str | None) -> JsonRows | HeldRows:
+    content = _object(files[0]) if field is None and len(files) == 1 else None
+    if content is None:
+        if annotations is not None:
+            raise ValueError(f"{files[0]} is no file of questions; leave out annotations={annotations}.")
+        return JsonRows(files, split, field)
+    if any("sentences" in image for image in content.get("images") or [] if isinstance(image, dict)):
+        return JsonRows(files, split, "images")  # Karpathy's splits
+    return object_rows(files[0], content, annotations).of_split(split)
+
+
+def _object(file: str) -> dict | None:
+    """What a file holds that is one JSON object; `None` for any other."""
+    content = _mapped(file)
+    if not content[:BEGINNING].lstrip(codecs.BOM_UTF8 + WHITESPACE).startswith(b"{") or _has_lines(file):
+        return None
+    try:
+        return json.loads(bytes(content).removeprefix(codecs.BOM_UTF8))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+
+
+def _has_lines(file: str) -> bool:
+    """Whether each line of a JSON file is a row: by its name, unless its first lines show that it is not so."""
+    content = _mapped(file)
+    if _kind(file) == "json" and not content[:BEGINNING].lstrip(codecs.BOM_UTF8 + WHITESPACE).startswith(b"{"):
+        return False
+    first, _, rest = bytes(content[:CHUNK]).removeprefix(codecs.BOM_UTF8).lstrip(WHITESPACE).partition(b"\n")
+    is_alone = not rest.strip(WHITESPACE)
+    try:
+        value = json.loads(first)
+    except ValueError:
+        value = None
+    if _kind(file) == "lines":
+        is_array = value is None and first.rstrip(WHITESPACE) in (b"[", b"[{")
+        return not (is_array or (is_alone and isinstance(value, list) and all(isinstance(row, dict) for row in value)))
+    return isinstance(value, dict) and not is_alone
 
 
 def _assignments(shards: int, reader: int, readers: int) -> Iterator[tuple[int, int, int]]:
@@ -253,6 +324,9 @@ def _is_wanted(row: bytes, split: str | None) -> bool:
 
 
 def _mapped(file: str) -> mmap.mmap | bytes:
+    if file.lower().endswith(".gz"):
+        with gzip.open(file) as packed:
+            return packed.read()
     with open(file, "rb") as opened:
         if not Path(file).stat().st_size:
             return b""  # which cannot be mapped
@@ -283,7 +357,7 @@ def _line_feeds(file: BinaryIO, size: int) -> int:
 
 def _list_spans(file: str, field: str | None) -> np.ndarray:
     """As `_line_spans`, of the entries of a JSON list, which are parsed one by one to find them."""
-    content = Path(file).read_bytes()
+    content = bytes(_mapped(file))
     mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     try:
         text = content[mark:].decode()
@@ -353,39 +427,46 @@ def _expect(text: str, place: int, sign: str) -> int:
 
 
 def _files(path: str) -> list[str]:
-    """The files a path stands for; none if it can only be a Hub id."""
+    """The files a path stands for; none if it can only be a Hub id, and for a folder of images with metadata."""
     if any(sign in path for sign in "*?["):
         files = sorted(glob.glob(path, recursive=True))
         if not files:
             raise ValueError(f"{path}: no file matches.")
     elif Path(path).is_dir():
-        for suffixes in ((".parquet",), JSON_SUFFIXES):
-            if files := sorted(str(file) for file in Path(path).rglob("*") if file.suffix in suffixes):
-                break
-        else:
-            raise ValueError(f"{path}: the folder has no .parquet, .jsonl or .json file.")
-        if not files[0].endswith(".parquet") and len(files) > 1:
-            raise ValueError(f"{path}: the folder has several JSON files; name one of {', '.join(files[:5])}.")
-    elif path.endswith((*JSON_SUFFIXES, ".parquet")):
+        found = sorted(str(file) for file in Path(path).rglob("*") if _kind(str(file)))
+        if any(Path(file).name in METADATA for file in found):
+            return []
+        kinds = {kind: [file for file in found if _kind(file) == kind and not file.endswith(".txt")] for kind in KINDS}
+        kind, files = next(((kind, files) for kind, files in kinds.items() if files), (None, []))
+        if kind is None:
+            raise ValueError(f"{path}: the folder has no .parquet, .tar, .jsonl, .json, .csv or .tsv file.")
+        if kind not in ("parquet", "webdataset") and len(files) > 1:
+            raise ValueError(f"{path}: the folder has several files of rows; name one of {', '.join(files[:5])}.")
+    elif _kind(path):
         files = [path]
     else:
         refuse_missing_path(path)
         return []
     if missing := [file for file in files if not Path(file).is_file()]:
         raise ValueError(f"{missing[0]}: there is no such file.")
-    if len({Path(file).suffix for file in files}) > 1:
+    if unknown := [file for file in files if _kind(file) is None]:
+        known = ", ".join(suffix for suffixes in KINDS.values() for suffix in suffixes)
+        raise ValueError(f"{unknown[0]} is of no kind that is read: {known}.")
+    if len({_kind(file) for file in files}) > 1:
         raise ValueError(f"{path}: files of several kinds match; name those of one kind.")
     return files
 
 
-def _table(path: str, files: list[str], split: str, streaming: bool, hub: dict):
+def _table(path: str, files: list[str], kind: str | None, split: str, streaming: bool, hub: dict):
     import datasets
 
-    if Path(path).is_dir():
+    if Path(path).is_dir() and files:
         files = _of_split(files, split, path)
     try:
-        if files:
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+        if kind is not None:
+            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
+        elif Path(path).is_dir():
+            rows = datasets.load_dataset("imagefolder", data_dir=path, split=split, streaming=streaming)
         else:
             rows = datasets.load_dataset(path, split=split, streaming=streaming, **hub)
     except Exception as error:  # datasets raises errors of many kinds for data that is not there

@@ -12,11 +12,14 @@ import numpy as np
 
 from prefixvlm.train.data import easy_vqa
 from prefixvlm.train.data.conversation import Conversation
-from prefixvlm.train.data.forms import CaptionsForm, Form, KarpathyForm, LlavaForm, VqaForm
+from prefixvlm.train.data.forms import FORMS, Form, detect
+from prefixvlm.train.data.pictures import PictureFinder
 from prefixvlm.train.data.rows import JsonRows, RowStream, TableRows, read_rows
+from prefixvlm.train.data.tables import HeldRows
 from prefixvlm.train.recipes.checking import did_you_mean, refuse_unknown_keys
 
 SHUFFLE_BUFFER = 1000  # samples that a stream is shuffled in
+LOOKED_AT = 20  # rows, to find out what they are
 
 # where a sample of a stream comes from, and a function that makes it, which may raise a ValueError
 Maker = tuple[str, Callable[[], Conversation]]
@@ -31,7 +34,7 @@ def load(source: str, **options) -> "Samples | Mixture | Stream | MixedStream":
     if source not in SOURCES:
         raise ValueError(f"There is no data source {source!r}; {did_you_mean(source, SOURCES)}")
     try:
-        refuse_unknown_keys(options, inspect.signature(SOURCES[source]).parameters)
+        refuse_unknown_keys(options, options_of(source))
     except ValueError as error:
         raise ValueError(f"The data source {source}: {error}") from error
     try:
@@ -41,6 +44,13 @@ def load(source: str, **options) -> "Samples | Mixture | Stream | MixedStream":
     if not is_stream(samples) and not len(samples):
         raise ValueError(f"The data source {source} with {without_token(options)} has no rows.")
     return samples
+
+
+def options_of(source: str) -> list[str]:
+    """The names of the options of a source."""
+    named = [name for name in inspect.signature(SOURCES[source]).parameters if name not in ("form", "keys")]
+    forms = [FORMS[source]] if source in FORMS else FORMS.values() if source == "auto" else []
+    return named + (["image", *dict.fromkeys(key for form in forms for key in form.keys)] if forms else [])
 
 
 def without_token(options: dict) -> dict:
@@ -60,11 +70,11 @@ class Samples:
     """Conversations by index, made from rows when they are asked for.
 
     Args:
-        rows: a `JsonRows` or `TableRows`.
+        rows: by index: `JsonRows`, `TableRows` or `HeldRows`.
         form: what the rows mean.
     """
 
-    def __init__(self, rows: JsonRows | TableRows, form: Form):
+    def __init__(self, rows: JsonRows | TableRows | HeldRows, form: Form):
         self.rows, self.form = rows, form
         self._ends = None  # of each row's samples, where a row may have several
         if form.has_parts:
@@ -81,6 +91,10 @@ class Samples:
             raise IndexError(index)
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - (int(self._ends[row - 1]) if row else 0)
+
+    def row(self, index: int) -> int:
+        """Which row a sample is of."""
+        return self._place(index)[0]
 
     def name(self, index: int) -> str:
         """Where a sample comes from: its file, its row and, of several texts, which one."""
@@ -104,7 +118,7 @@ class InMemory(list):
 
     @property
     def fingerprint(self) -> str:
-        return _digest(*(f"{sample.images} {sample.turns}" for sample in self))
+        return _digest(*(str(sample.turns) for sample in self))
 
 
 class Stream:
@@ -197,87 +211,89 @@ class MixedStream:
         return _digest(*(source.fingerprint for source in self.sources), str(self.weights))
 
 
-def llava(
+def rows_as(
+    form: str | None,
     path: str,
     images: str | None = None,
     split: str = "train",
     streaming: bool = False,
     shuffle_buffer: int | None = None,
+    field: str | None = None,
+    annotations: str | None = None,
+    hosts: list[str] | None = None,
+    allow_text_only: bool | None = None,
+    images_without_place: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    **keys: str,
 ):
-    """Rows of LLaVA's form; see `read_rows` for `path`. Images lie below `images`, by default the folder of `path`."""
-    return _samples(
-        read_rows(path, split, streaming, revision=revision, token=token, cache_dir=cache_dir),
-        LlavaForm(_image_folder(path, images)),
-        shuffle_buffer,
-    )
+    """The samples of rows that are alike.
+
+    Args:
+        form: of `FORMS`; `None` for the one that the first rows look like.
+        path, split, streaming, field, annotations, revision, token, cache_dir: see `read_rows`.
+        images: folder of the images that rows name, by default that of `path`.
+        shuffle_buffer: see `Stream`.
+        hosts: whose addresses of images may be fetched; others are refused.
+        allow_text_only, images_without_place: see `Form`.
+        keys: the rows' own name of `image`, and of what the form reads (`question`, `answer`, `texts`, ...).
+    """
+    folder = _image_folder(path, images)
+    if not isinstance(hosts, list | None) or not all(isinstance(host, str) for host in hosts or []):
+        raise ValueError(f"`hosts` must be a list of host names, not {hosts!r}.")
+    if images_without_place not in (None, "front"):
+        raise ValueError(f"`images_without_place` is {images_without_place!r}; it can be front.")
+    rows = read_rows(path, split, streaming, field, annotations, revision=revision, token=token, cache_dir=cache_dir)
+    name = form or _detected(rows, path)
+    unknown = keys.keys() - {"image", *FORMS[name].keys}
+    if unknown:
+        refuse_unknown_keys(dict.fromkeys(unknown), ["image", *FORMS[name].keys])
+    pictures = PictureFinder(folder, by_address=images is not None, hosts=hosts or ())
+    made = FORMS[name](pictures, keys, allow_text_only, images_without_place)
+    if isinstance(rows, RowStream):
+        return Stream(rows, made, SHUFFLE_BUFFER if shuffle_buffer is None else shuffle_buffer)
+    if shuffle_buffer is not None:
+        raise ValueError("`shuffle_buffer` is for streaming; without it all samples are shuffled.")
+    return Samples(rows, made)
 
 
-def vqa(
-    path: str,
-    images: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
-    question: str = "question",
-    answer: str = "answer",
-    shuffle_buffer: int | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | None = None,
-):
-    """Rows with a question and an answer; `question` and `answer` name their keys."""
-    form = VqaForm(_image_folder(path, images), question, answer)
-    return _samples(
-        read_rows(path, split, streaming, revision=revision, token=token, cache_dir=cache_dir), form, shuffle_buffer
-    )
-
-
-def captions(
-    path: str,
-    images: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
-    texts: str = "texts",
-    shuffle_buffer: int | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | None = None,
-):
-    """Rows with an image and its texts; `texts` names their key."""
-    form = CaptionsForm(_image_folder(path, images), texts)
-    return _samples(
-        read_rows(path, split, streaming, revision=revision, token=token, cache_dir=cache_dir), form, shuffle_buffer
-    )
-
-
-def karpathy(path: str, images: str | None = None, split: str = "train"):
-    """Karpathy's splits of Flickr8k, Flickr30k and COCO: dataset_*.json; `images` are by default in its own folder."""
-    return _samples(read_rows(path, split, field="images"), KarpathyForm(_image_folder(path, images)), None)
+def _detected(rows, path: str) -> str:
+    """The form of the first rows that can be read."""
+    if isinstance(rows, RowStream):
+        readers = (read for _, read in rows.share())
+    else:
+        readers = (partial(rows.__getitem__, index) for index in range(len(rows)))
+    first = []
+    for _, read in zip(range(LOOKED_AT), readers, strict=False):
+        try:
+            first.append(read())
+        except ValueError:
+            continue  # it is reported when it is its turn
+    if not first:
+        raise ValueError(f"{path} has no row that can be read.")
+    try:
+        return detect(first)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
 
 
 def mixture(parts: list[dict]):
     """Several sources: a list of their settings, each with a `weight` (default 1), its share of the samples."""
-    if not isinstance(parts, list) or not parts or any(not isinstance(p, dict) or "source" not in p for p in parts):
-        raise ValueError("A mixture's `parts` must be a list of data sources, each with its `source`.")
+    are_sources = isinstance(parts, list) and all(
+        isinstance(one, dict) and {"source", "path"} & one.keys() for one in parts
+    )
+    if not are_sources or not parts:
+        raise ValueError("A mixture's `parts` must be a list of data sources, each with its `source` or `path`.")
     weights = [part.get("weight", 1) for part in parts]
     if any(isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0 for weight in weights):
         raise ValueError(f"The weights of a mixture must be positive numbers, not {weights}.")
-    sources = [load(**{name: value for name, value in part.items() if name != "weight"}) for part in parts]
+    sources = [load(**{"source": "auto", **{name: part[name] for name in part if name != "weight"}}) for part in parts]
     streams = [is_stream(source) for source in sources]
     if any(streams) != all(streams):
         raise ValueError("A mixture is streamed as a whole or not at all; set `streaming` in all of its parts or in none.")
     mixed: Any = MixedStream if all(streams) else Mixture
     return mixed(sources, weights)
-
-
-def _samples(rows, form: Form, shuffle_buffer: int | None = None):
-    if isinstance(rows, RowStream):
-        return Stream(rows, form, SHUFFLE_BUFFER if shuffle_buffer is None else shuffle_buffer)
-    if shuffle_buffer is not None:
-        raise ValueError("`shuffle_buffer` is for streaming; without it all samples are shuffled.")
-    return Samples(rows, form)
 
 
 def _image_folder(path: str, images: str | None) -> Path:
@@ -310,9 +326,7 @@ def _digest(*parts: str) -> str:
 SOURCES: dict[str, Callable] = {
     "easy_vqa_captions": lambda split: InMemory(easy_vqa.captions(split)),
     "easy_vqa_conversations": lambda split: InMemory(easy_vqa.conversations(split)),
-    "llava": llava,
-    "vqa": vqa,
-    "captions": captions,
-    "karpathy": karpathy,
     "mixture": mixture,
+    "auto": partial(rows_as, None),
+    **{name: partial(rows_as, name) for name in FORMS},
 }

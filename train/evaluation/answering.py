@@ -54,11 +54,11 @@ def answers(
 
 
 def _is_caption(question: Conversation) -> bool:
-    return len(question.turns) == 1 and not question.turns[0][1]
+    return len(question.turns) == 1 and not question.turns[0].text
 
 
 def _length(question: Conversation) -> tuple[int, int]:
-    return len(question.images), sum(len(text) for _, text in question.turns)
+    return len(question.images), sum(len(text) for _, text in question.said)
 
 
 def _inputs(processor, questions: list[Conversation]):

@@ -57,7 +57,7 @@ def _page(shown: list[tuple[Example, str]], title: str) -> str:
             picture.save(buffer, "PNG")
             images += f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
         references = "<br>".join(html.escape(text) for text in example.references[:SHOWN_REFERENCES])
-        question = html.escape(example.question.turns[-1][1]) or "(caption)"
+        question = html.escape(example.question.turns[-1].text) or "(caption)"
         rows.append(
             f"<tr><td>{images}</td><td>{question}</td><td>{references}</td><td class=p>{html.escape(prediction)}</td></tr>"
         )
@@ -80,7 +80,7 @@ def _draw(shown: list[tuple[Example, str]], title: str, path: Path) -> None:
         axis.axis("off")
     for axis, (example, prediction) in zip(axes.flat, shown, strict=False):
         axis.imshow(_thumbnails(example)[0])
-        asked = [f"Q: {example.question.turns[-1][1]}"] if example.question.turns[-1][1] else []
+        asked = [f"Q: {example.question.turns[-1].text}"] if example.question.turns[-1].text else []
         lines = [*asked, f"Reference: {example.references[0]}", f"Prediction: {prediction}"]
         text = "\n".join(line for text in lines for line in textwrap.wrap(text, 40)[:4])
         axis.set_title(text, fontsize=9, loc="left", parse_math=False)  # a $ is a dollar sign

@@ -73,7 +73,7 @@ def evaluate(
     if done and processes.is_main_process:
         print(f"{len(done):,} of {len(examples):,} were answered before.", file=sys.stderr)
     # whoever comes first may be slower: shares are dealt out by length, as batches are
-    waiting.sort(key=lambda index: sum(len(text) for _, text in examples[index].question.turns))
+    waiting.sort(key=lambda index: sum(len(text) for _, text in examples[index].question.said))
     mine = waiting[processes.process_index :: processes.num_processes]
     questions = [example.question for example in examples]
     with _own_file(output, processes.process_index).open("a", encoding="utf-8") as file:
@@ -108,7 +108,7 @@ def _own_file(output: Path, process: int) -> Path:
 
 
 def _line(index: int, example: Example, prediction: str) -> str:
-    row = {"index": index, "name": example.question.name, "question": example.question.turns[-1][1]}
+    row = {"index": index, "name": example.question.name, "question": example.question.turns[-1].text}
     return json.dumps(row | {"references": example.references, "prediction": prediction}) + "\n"
 
 
@@ -124,7 +124,7 @@ def _read(path: Path, examples: list[Example]) -> dict[int, str]:
         if index not in range(len(examples)) or not isinstance(prediction, str):
             continue
         of = examples[index].question
-        if (of.name, of.turns[-1][1]) == (name, question):
+        if (of.name, of.turns[-1].text) == (name, question):
             found[index] = prediction
     return found
 

@@ -4,12 +4,10 @@ A test set is whole or it is not scored: a row that cannot be read stops the eva
 another size than the published one.
 """
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from prefixvlm.train.data import easy_vqa, forms, sources
+from prefixvlm.train.data import easy_vqa, sources
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.recipes.evaluation import EvaluationSettings, TaskName
 
@@ -90,23 +88,21 @@ def load_examples(settings: EvaluationSettings) -> list[Example]:
         raise ValueError(f"The task {name} needs data: --data, or `data` in a recipe.")
     if unknown := [key for key in settings.keys if key not in KEYS[task.source]]:
         raise ValueError(f"The rows of the task {name} have no key for {', '.join(unknown)} to name; leave it out.")
-    coco = _coco_content(data) if name == "captions" else None
-    examples = _from_rows(task, task.source, data, settings) if coco is None else _coco(coco, data, settings.images)
+    examples = _from_rows(task, task.source, data, settings)
     if not examples:
         raise ValueError(f"{data} has no rows of the split {settings.split!r}.")
     if settings.split == "test":
         _refuse_another_size(name, data, len(examples))
     if settings.prompt is not None:
         asked = [("user", settings.prompt)]
-        examples = [replace(one, question=replace(one.question, turns=asked)) for one in examples]
+        examples = [
+            replace(one, question=Conversation.about(one.question.images, asked, one.question.name)) for one in examples
+        ]
     return examples
 
 
 def _from_rows(task: Task, source: str, data: str, settings: EvaluationSettings) -> list[Example]:
-    images = settings.images
-    if source == "karpathy" and images is None:
-        images = str(Path(data).parent)
-    samples = sources.load(source, path=data, images=images, split=settings.split, **settings.keys)
+    samples = sources.load(source, path=data, images=settings.images, split=settings.split, **settings.keys)
     assert isinstance(samples, sources.Samples)  # no task streams or mixes
     read = _captions if task.kind == "captions" else _vqa
     examples = []
@@ -122,69 +118,27 @@ def _from_rows(task: Task, source: str, data: str, settings: EvaluationSettings)
 
 
 def _captions(form, row: dict, where: str) -> Example:
-    references = [form.turns(row, part)[-1][1] for part in range(form.parts(row))]
+    references = form.texts(row)
     if not all(references):
         raise ValueError("a caption is empty")
     image_id = next((row[key] for key in ("cocoid", "coco_id", "image_id", "imgid") if key in row), None)
-    return Example(Conversation(form.images(row), [("user", "")], where), references, image_id)
+    return Example(Conversation.about(form.images(row), [("user", "")], where), references, image_id)
 
 
 def _vqa(form, row: dict, where: str) -> Example:
-    question = row.get(form.question)
-    asked = question.replace("<image>", "").strip() if isinstance(question, str) else ""
-    if not asked:
-        raise ValueError(f"`{form.question}` must be a text, not {question!r}")
-    answers = row.get(form.answer)
-    answers = [answers] if isinstance(answers, str) else answers
-    if isinstance(answers, list):  # VQAv2 has {"answer": ...} for each of ten people
-        answers = [one.get("answer") if isinstance(one, dict) else one for one in answers]
-    if not isinstance(answers, list) or not answers or any(not isinstance(one, str) or not one.strip() for one in answers):
-        raise ValueError(f"`{form.answer}` must be a text, or a list of texts, not {row.get(form.answer)!r}")
-    return Example(Conversation(form.images(row), [("user", asked)], where), answers)
+    *asked, _ = form.samples(row)[0]
+    if not asked[-1].text.strip():
+        raise ValueError(f"`{form.key(row, 'question')}` is empty")
+    answers = form.answers(row)
+    if not all(answers):
+        raise ValueError(f"`{form.key(row, 'answer')}` has an empty answer")
+    return Example(Conversation(asked, where), answers)
 
 
 def _turn_by_turn(sample: Conversation) -> list[Example]:
-    texts = [text for _, text in sample.turns]
+    texts = [turn.text for turn in sample.turns]
     pairs = zip(texts[::2], texts[1::2], strict=True)
-    return [Example(Conversation(sample.images, [("user", asked)], sample.name), [reply]) for asked, reply in pairs]
-
-
-def _coco_content(path: str) -> dict[str, Any] | None:
-    """What a file of COCO's own form holds; `None` for any other."""
-    if not path.endswith(".json") or not Path(path).is_file():
-        return None
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError:
-        return None  # read_rows says what is wrong with it
-    return content if isinstance(content, dict) and "annotations" in content else None
-
-
-def _coco(content: dict, path: str, images: str | None) -> list[Example]:
-    """COCO's own form: `images[{id, file_name}]` and `annotations[{image_id, caption}]`."""
-    folder = Path(images) if images else Path(path).parent
-    captions: dict = {}
-    try:
-        for entry in content["annotations"]:
-            captions.setdefault(entry["image_id"], []).append(entry["caption"].strip())
-        form = forms.Form(folder)
-        return [_coco_image(form, image, captions[image["id"]], path) for image in content["images"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: COCO's form is images[{{id, file_name}}] and annotations[{{image_id, caption}}], with a caption for "
-            f"each image ({error!r})."
-        ) from error
-
-
-def _coco_image(form, image: dict, references: list[str], path: str) -> Example:
-    where = f"{path}, image {image['id']}"
-    try:
-        pictures = form.images({"image": image["file_name"]})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}; a test set must be whole.") from error
-    if not pictures or not all(references):
-        raise ValueError(f"{where}: {'a caption is empty' if pictures else 'there is no image'}; a test set must be whole.")
-    return Example(Conversation(pictures, [("user", "")], where), references)
+    return [Example(Conversation.about(sample.images, [("user", asked)], sample.name), [reply]) for asked, reply in pairs]
 
 
 def _refuse_another_size(task: TaskName, path: str, rows: int) -> None:

@@ -69,13 +69,14 @@ Text = Annotated[str, Field(min_length=1)]
 PlainDict = Annotated[dict[str, Any], AfterValidator(refuse_not_finite)]  # whoever reads it checks the keys
 
 
-def _has_a_source(data: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(data.get("source"), str):
-        raise ValueError("needs a `source`, the name of one.")
-    return data
+def _with_source(data: dict[str, Any]) -> dict[str, Any]:
+    """Data without a `source` are of the kind that their rows look like."""
+    if not isinstance(data.get("source", ""), str) or not ("source" in data or "path" in data):
+        raise ValueError("needs a `source`, the name of one, or a `path`.")
+    return {"source": "auto", **data}
 
 
-DataSource = Annotated[PlainDict, AfterValidator(_has_a_source)]  # see `train/data/sources.py`
+DataSource = Annotated[PlainDict, AfterValidator(_with_source)]  # see `train/data/sources.py`
 
 
 class SettingsError(ValueError):

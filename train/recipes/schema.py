@@ -395,14 +395,23 @@ def _stage_values(number: int, settings: object, where: str) -> dict:
     return {"stage": stage, **{key: value for key, value in settings.items() if key not in STAGE_KEYS}}
 
 
-def _override(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
+def setting(text: str) -> tuple[str, Any]:
+    """The key and the value of `key=value`, the value in YAML.
+
+    Raises:
+        ValueError: if it has another form.
+    """
+    key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ValueError(f"The override {override!r} must have the form key.key=value.")
+        raise ValueError(f"The override {text!r} must have the form key.key=value.")
     try:
-        value = yaml.load(text, _UniqueKeys)
+        return key, yaml.load(value, _UniqueKeys)
     except yaml.YAMLError as error:
-        raise ValueError(f"The override {override!r} has a value that is not YAML.") from error
+        raise ValueError(f"The override {text!r} has a value that is not YAML.") from error
+
+
+def _override(values: dict, override: str) -> None:
+    key, value = setting(override)
     *path, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
     for part in path:
         if values.get(part) is None:

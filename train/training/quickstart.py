@@ -96,7 +96,7 @@ def test(folder: str, device: torch.device) -> dict:
     questions, references = [], []
     for image, pairs in easy_vqa.questions_by_image("test").items():
         for question, reference in pairs:
-            questions.append(Conversation([str(image)], [("user", question)], str(image)))
+            questions.append(Conversation.about([str(image)], [("user", question)], str(image)))
             references.append(reference)
     predictions = answer(model, processor, questions)
     right: dict[str, list[bool]] = {"shape": [], "color": [], "yes_no": []}

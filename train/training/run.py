@@ -178,7 +178,7 @@ def all_texts(sources):
                 sample = samples[index]
             except ValueError:
                 continue  # screening reports it
-            for role, text in sample.turns:
+            for role, text in sample.said:
                 yield role
                 yield text
 

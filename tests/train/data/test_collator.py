@@ -18,7 +18,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size
 
 
 def sample(*turns, images=1):
-    return Conversation([Image.new("RGB", (16, 16), (9 * i, 0, 0)) for i in range(images)], list(turns), "row 1")
+    return Conversation.about([Image.new("RGB", (16, 16), (9 * i, 0, 0)) for i in range(images)], list(turns), "row 1")
 
 
 def supervised_text(batch, row):
@@ -91,12 +91,12 @@ def test_padding_samples_alone_make_a_batch_without_images_or_labels():
 def test_augmentation_turns_and_mirrors_pictures():
     image = Image.effect_noise((16, 16), 60).convert("RGB")
     turns = [("user", "q"), ("assistant", "a")]
-    original = ConversationCollator(PROCESSOR, "conversation")([Conversation([image], turns)])["pixel_values"][0]
+    original = ConversationCollator(PROCESSOR, "conversation")([Conversation.about([image], turns)])["pixel_values"][0]
     eight = [lay.rot90(k, dims=(-2, -1)) for lay in (original, original.flip(-1)) for k in range(4)]
     collator = ConversationCollator(PROCESSOR, "conversation", augment=True)
     seen = set()
     for _ in range(60):
-        batch = collator([Conversation([image], turns)])
+        batch = collator([Conversation.about([image], turns)])
         seen.add(next(i for i, lay in enumerate(eight) if torch.equal(lay, batch["pixel_values"][0])))
     assert seen == set(range(8))
 
@@ -114,7 +114,7 @@ def test_a_sample_with_a_seed_comes_out_the_same_in_any_batch():
 
 
 def test_a_bad_image_is_named():
-    bad = Conversation(["/no/such/picture.png"], [("user", "q"), ("assistant", "a")], "data.json, row 7")
+    bad = Conversation.about(["/no/such/picture.png"], [("user", "q"), ("assistant", "a")], "data.json, row 7")
     with pytest.raises(ValueError, match=r"data.json, row 7.*picture.png.*no such image file"):
         ConversationCollator(PROCESSOR, "conversation")([bad])
 

@@ -106,7 +106,7 @@ def test_damaged_features_are_computed_again(tmp_path, damage):
 
 def test_model_takes_features_in_place_of_pixels():
     model, processor = tiny_model(), tiny_processor()
-    sample = Conversation([Image.effect_noise((16, 16), 60).convert("RGB")], [("user", "q"), ("assistant", "a")])
+    sample = Conversation.about([Image.effect_noise((16, 16), 60).convert("RGB")], [("user", "q"), ("assistant", "a")])
     batch = ConversationCollator(processor, "conversation")([sample])
     expected = model(**batch)
     pixel_values = batch.pop("pixel_values")

@@ -13,13 +13,13 @@ from prefixvlm.train.data.sources import InMemory, Mixture
 def samples(pictures: list[int]) -> InMemory:
     """A sample of each of these pictures, which have numbers."""
     return InMemory(
-        Conversation([f"{picture}.png"], [("user", ""), ("assistant", str(index))], f"row {index}")
+        Conversation.about([f"{picture}.png"], [("user", ""), ("assistant", str(index))], f"row {index}")
         for index, picture in enumerate(pictures)
     )
 
 
 def indices(part) -> list[int]:
-    return [int(part[index].turns[1][1]) for index in range(len(part))]
+    return [int(part[index].turns[1].text) for index in range(len(part))]
 
 
 @settings(max_examples=100, deadline=None)
@@ -74,7 +74,10 @@ def test_equal_pictures_are_one_picture_however_they_are_given(kind):
             kind
         ]
 
-    whole = InMemory(Conversation([picture(index % 4)], [("assistant", str(index))], str(index)) for index in range(12))
+    whole = InMemory(
+        Conversation.about([picture(index % 4)], [("user", ""), ("assistant", str(index))], str(index))
+        for index in range(12)
+    )
     held = [int(sample.name) % 4 for sample in hold_out(whole, 0.25, 0)[1]]
     assert len(set(held)) == 1
     assert len(held) == 3
@@ -90,7 +93,7 @@ def test_rows_that_cannot_be_read_and_rows_without_a_picture_are_divided_too():
                 raise ValueError("broken")
             return super().__getitem__(index)
 
-    whole = Rows(Conversation([], [("assistant", str(index))], str(index)) for index in range(20))
+    whole = Rows(Conversation.about([], [("assistant", str(index))], str(index)) for index in range(20))
     training, held_out = hold_out(whole, 0.3, 0)
     assert len(held_out) == 6
     assert len(training) == 14

@@ -17,7 +17,7 @@ from prefixvlm.inference.loading import load
 from prefixvlm.train.data import Conversation, ConversationCollator, add_mask_token
 from prefixvlm.train.recipes.schema import load_recipe
 
-SAMPLES = [Conversation([], [("assistant", "word " * 30)], f"row {number}") for number in range(6)]
+SAMPLES = [Conversation.about([], [("assistant", "word " * 30)], f"row {number}") for number in range(6)]
 
 
 def with_mask_token():

@@ -11,7 +11,9 @@ from prefixvlm.train.data.order import EpochSampler, OrderedSamples
 
 
 def ordered(count: int, lengths=None, seed: int = 0) -> OrderedSamples:
-    samples = [Conversation(["a.png"], [("assistant", str(index))], f"row {index}") for index in range(count)]
+    samples = [
+        Conversation.about(["a.png"], [("user", ""), ("assistant", str(index))], f"row {index}") for index in range(count)
+    ]
     return OrderedSamples(samples, list(range(count)), lengths, seed)
 
 

@@ -51,7 +51,7 @@ def samples(draw: random.Random, count: int) -> list[Conversation]:
         pictures = [Image.effect_noise((16, 16), 60).convert("RGB") for _ in range(draw.choice([0, 1, 1, 2]))]
         pairs = [("q" * draw.randint(1, 9), "a" * draw.randint(1, 9)) for _ in range(draw.randint(1, 3))]
         turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
-        made.append(Conversation(pictures, turns, f"row {number}", seed=str(number)))
+        made.append(Conversation.about(pictures, turns, f"row {number}", seed=str(number)))
     return made
 
 
@@ -106,7 +106,7 @@ def test_a_document_does_not_predict_the_first_token_of_the_next():
     # even when labels ask for it, as those of other collators may
     model = tiny_model()
     batch = ConversationCollator(PROCESSOR, "caption", max_tokens_per_row=200)(
-        [Conversation([], [("assistant", "abc")]), Conversation([], [("assistant", "de")])]
+        [Conversation.about([], [("assistant", "abc")]), Conversation.about([], [("assistant", "de")])]
     )
     clean = model(**batch, num_items_in_batch=1, skip_logits=True).loss
     second = int((batch["document_ids"][0] == 1).sum())

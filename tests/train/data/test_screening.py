@@ -98,7 +98,7 @@ def test_rows_in_are_rows_trained_and_rows_reported(rows, monkeypatch):
 
     def counting(self, conversations):
         samples = encoded(self, conversations)
-        seen.update(one.turns[-1][1] for one in conversations if not one.is_padding_sample)
+        seen.update(one.turns[-1].text for one in conversations if not one.is_padding_sample)
         return samples
 
     monkeypatch.setattr(ConversationCollator, "encoded", counting)

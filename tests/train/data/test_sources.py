@@ -118,7 +118,7 @@ def test_captions_name_known_facts_only():
 
 def test_questions_that_need_the_picture_come_first():
     for sample in sources.load("easy_vqa_conversations", split="train")[:200]:
-        verdicts = [text in ("yes", "no") for role, text in sample.turns if role == "assistant"]
+        verdicts = [text in ("yes", "no") for role, text in sample.said if role == "assistant"]
         assert verdicts == sorted(verdicts, reverse=True)
 
 
@@ -129,7 +129,7 @@ def test_llava_rows(folder, name, streaming):
     first, second = sorted(
         everything(sources.load("llava", path=path, streaming=streaming)), key=lambda sample: sample.name
     )
-    assert first.turns == [("user", "What?"), ("assistant", "A square.")]
+    assert first.said == [("user", "What?"), ("assistant", "A square.")]
     assert first.images == [str(folder / "pictures" / "a.png")]
     assert first.name.endswith("row 1")
     assert second.images == []
@@ -166,7 +166,7 @@ def test_vqa_rows(folder, streaming):
     assert texts(sources.load("vqa", path=str(folder), split="test", streaming=streaming)) == ["No", "none"]
     other = write_rows(folder, [{"image": "pictures/a.png", "q": "What?", "a": "That"}], "other.jsonl")
     (sample,) = everything(sources.load("vqa", path=other, question="q", answer="a", streaming=streaming))
-    assert sample.turns == [("user", "What?"), ("assistant", "That")]
+    assert sample.said == [("user", "What?"), ("assistant", "That")]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -21,19 +21,21 @@ def pictures(count: int) -> list[Image.Image]:
 def questions(count: int) -> list[Conversation]:
     texts = ["w" * (1 + 7 * index % 5) for index in range(count)]
     return [
-        Conversation([picture], [("user", text)], f"row {index}")
+        Conversation.about([picture], [("user", text)], f"row {index}")
         for index, (picture, text) in enumerate(zip(pictures(count), texts, strict=True))
     ]
 
 
 def captions(count: int) -> list[Conversation]:
-    return [Conversation([picture], [("user", "")], f"picture {index}") for index, picture in enumerate(pictures(count))]
+    return [
+        Conversation.about([picture], [("user", "")], f"picture {index}") for index, picture in enumerate(pictures(count))
+    ]
 
 
 def many_images() -> list[Conversation]:
     a, b, c, d, e, f = pictures(6)
     asked = [([a, b], "ww"), ([c], "wwwww"), ([], "www"), ([d, e, f], "w")]
-    return [Conversation(images, [("user", text)], f"row {index}") for index, (images, text) in enumerate(asked)]
+    return [Conversation.about(images, [("user", text)], f"row {index}") for index, (images, text) in enumerate(asked)]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def many_images() -> list[Conversation]:
         captions(4),
         [kind for pair in zip(questions(4), captions(4), strict=True) for kind in pair],
         many_images(),
-        [Conversation(pictures(2), [("user", "")], "two"), *captions(2)],
+        [Conversation.about(pictures(2), [("user", "")], "two"), *captions(2)],
     ],
     ids=["questions", "captions", "mixed kinds", "several images", "captions of several images"],
 )
@@ -68,7 +70,7 @@ def test_only_what_is_asked_for_is_answered_the_longest_first():
     asked = questions(7)
     batches = list(answering.answers(tiny_model(), PROCESSOR, asked, [0, 3, 5, 6], Decoding(batch_size=3)))
     answered = [index for batch in batches for index, _ in batch]
-    lengths = [len(asked[index].turns[0][1]) for index in answered]
+    lengths = [len(asked[index].turns[0].text) for index in answered]
     assert sorted(answered) == [0, 3, 5, 6]
     assert [len(batch) for batch in batches] == [3, 1]
     assert lengths == sorted(lengths, reverse=True)
@@ -78,7 +80,7 @@ def test_only_what_is_asked_for_is_answered_the_longest_first():
 def test_a_bad_image_is_named_with_its_sample(kind, tmp_path):
     asked = kind(3)
     missing = str(tmp_path / "gone.png")
-    asked[1] = Conversation([missing], asked[1].turns, asked[1].name)
+    asked[1] = Conversation.about([missing], asked[1].said, asked[1].name)
     with pytest.raises(ValueError, match=f"^{asked[1].name}: .*gone.png: there is no such image file"):
         answering.answer(tiny_model(), PROCESSOR, asked)
 

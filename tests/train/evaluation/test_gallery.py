@@ -17,7 +17,7 @@ from prefixvlm.train.evaluation.tasks import Example
 
 def example(index=0, question="what?", references=("that",), size=(40, 30), images=1):
     pictures = [Image.new("RGB", size, (index, 0, 0))] * images
-    return Example(Conversation(pictures, [("user", question)], f"row {index}"), list(references))
+    return Example(Conversation.about(pictures, [("user", question)], f"row {index}"), list(references))
 
 
 @pytest.fixture

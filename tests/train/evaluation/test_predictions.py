@@ -31,7 +31,9 @@ def picture(seed: int) -> Image.Image:
 def examples():
     questions = ["wé", "www", "wwwwwé", "ww", "wwww", "wwwwww", "wwwww w", "w"]
     return [
-        Example(Conversation([picture(index)], [("user", text)], f"row {index + 1}"), ["yes" if index % 2 else "a löwe"])
+        Example(
+            Conversation.about([picture(index)], [("user", text)], f"row {index + 1}"), ["yes" if index % 2 else "a löwe"]
+        )
         for index, text in enumerate(questions)
     ]
 
@@ -99,7 +101,8 @@ def test_predictions_are_in_order_and_say_of_what(run, examples, tmp_path):
     assert [row.pop("index") for row in rows] == list(range(8))
     assert len({row.pop("prediction") for row in rows}) > 4
     assert rows == [
-        {"name": one.question.name, "question": one.question.turns[0][1], "references": one.references} for one in examples
+        {"name": one.question.name, "question": one.question.turns[0].text, "references": one.references}
+        for one in examples
     ]
 
 
@@ -202,7 +205,7 @@ def test_predictions_without_readable_settings_are_left_alone(content, run, tmp_
 
 
 def test_a_run_that_answered_nothing_does_not_take_the_folder(run, examples, tmp_path):
-    gone = Example(Conversation([str(tmp_path / "gone.png")], [("user", "wwwwwwwww")], "row 9"), ["yes"])
+    gone = Example(Conversation.about([str(tmp_path / "gone.png")], [("user", "wwwwwwwww")], "row 9"), ["yes"])
     with pytest.raises(ValueError, match=r"^row 9: .*gone\.png"):
         run(tmp_path / "out", of=[*examples, gone])
     assert run(tmp_path / "out")["examples"] == 8

@@ -45,7 +45,7 @@ def coco(captions=("a", "b")):
 
 
 def asked(example):
-    return example.question.images, example.question.turns, example.references
+    return example.question.images, example.question.said, example.references
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_captions_of_any_file(name, tmp_path):
 
 def test_a_prompt_asks_for_captions(tmp_path):
     (example,) = load_examples("captions", saved(tmp_path, [{"image": "a.png", "texts": "one"}]), prompt="Describe it.")
-    assert example.question.turns == [("user", "Describe it.")]
+    assert example.question.said == [("user", "Describe it.")]
 
 
 def test_cocos_own_captions_file(tmp_path):

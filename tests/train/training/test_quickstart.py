@@ -50,7 +50,7 @@ def test_quickstart_leaves_what_it_promises_and_counts_right(tmp_path, monkeypat
         for question, truth in pairs:
             kind = "shape" if truth in easy_vqa.SHAPES else "color" if truth in easy_vqa.COLORS else "yes_no"
             asked[kind] += 1
-            right[kind] += answer(model, processor, [Conversation([str(image)], [("user", question)])]) == [truth]
+            right[kind] += answer(model, processor, [Conversation.about([str(image)], [("user", question)])]) == [truth]
     assert metrics["questions"] == sum(asked.values())
     assert metrics["accuracy"] == pytest.approx(sum(right.values()) / sum(asked.values()), abs=0.01)
     assert metrics["accuracy"] > 0.2  # a broken chat format or loss would leave next to nothing

@@ -176,7 +176,7 @@ def test_a_recipe_trains_rows_without_a_picture_one_by_one_in_every_stage(tmp_pa
 def test_packed_rows_may_be_longer_than_the_decoders_context():
     model = tiny_model()
     model.config.text_config.max_position_embeddings = 16
-    samples = [Conversation([], [("user", ""), ("assistant", "a" * length)]) for length in (4, 9, 6)]
+    samples = [Conversation.about([], [("user", ""), ("assistant", "a" * length)]) for length in (4, 9, 6)]
     batch = ConversationCollator(PROCESSOR, "caption", max_tokens_per_row=50, context=16)(samples)
     assert batch["input_ids"].shape[1] > 16
     assert model(**batch, use_cache=False).loss.isfinite()

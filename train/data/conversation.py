@@ -56,13 +56,19 @@ class Conversation:
     is_padding_sample: bool = False
 
     @classmethod
-    def about(cls, images: Iterable, said: Iterable[tuple[str, str]], name: str = "") -> "Conversation":
+    def about(
+        cls, images: Iterable, said: Iterable[tuple[str, str]], name: str = "", seed: str | None = None
+    ) -> "Conversation":
         """Images and then what is said about them, as (role, text) pairs; the images open the first user turn.
 
         Raises:
             ValueError: if there is no user turn to hold the images.
         """
-        return cls(with_images_in_front([Turn(role, (text,)) for role, text in said], images), name)
+        try:
+            turns = with_images_in_front([Turn(role, (text,)) for role, text in said], images)
+        except ValueError as error:
+            raise ValueError(f"{name or 'A sample'}: {error}.") from error
+        return cls(turns, name, seed)
 
     @property
     def images(self) -> list:

@@ -128,9 +128,9 @@ class Form:
         Raises:
             ValueError: if it has nothing.
         """
-        key = self.key(row, option)
-        if key is None or _is_missing(row.get(key)):
-            raise ValueError(f"`{key or self.keys[option][0]}` is missing")
+        key = self.key(row, option) or next((name for name in self.keys[option] if name in row), self.keys[option][0])
+        if _is_missing(row.get(key)):
+            raise ValueError(f"`{key}` is {'missing' if row.get(key) is None else 'empty'}")
         return row[key]
 
     def read_keys(self, row: dict) -> dict[str, str]:
@@ -409,9 +409,6 @@ class VqaForm(Form):
         question = _words(self.value(row, "question")).strip()
         if row.get("input"):
             question = f"{question}\n{_words(row['input']).strip()}"
-        key = self.key(row, "answer")
-        if key is None or row.get(key) is None:
-            raise ValueError(f"`{key or 'answer'}` is missing")
         return [[Said("user", question), Said("assistant", _commonest(self.answers(row)))]]
 
     def answers(self, row: dict) -> list[str]:
@@ -445,8 +442,6 @@ class CaptionsForm(Form):
         """What is said of a row's image."""
         texts = self.value(row, "texts")
         texts = texts if isinstance(texts, list) else [texts]
-        if not texts:
-            raise ValueError(f"`{self.key(row, 'texts')}` must be a text or a list of texts")
         return [_words(text).strip() for text in texts]
 
 
@@ -466,10 +461,8 @@ class KarpathyForm(CaptionsForm):
             raise ValueError("`sentences` must be a list of objects with `raw`")
         return [_words(sentence["raw"]).strip() for sentence in sentences]
 
-    def image_key(self, row):
-        return "filename"
-
     def images(self, row):
+        self.texts(row)  # else a row of another form would be told what is wrong with its file name
         name = row.get("filename")
         if not isinstance(name, str):
             raise ValueError(f"`filename` must be a text, not {name!r}")

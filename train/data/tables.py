@@ -112,7 +112,7 @@ def object_rows(path: str, content: dict, annotations: str | None = None) -> Hel
     if content and not lists and all(isinstance(value, dict) for value in content.values()):
         return HeldRows([_with_id(key, row) for key, row in content.items()], [f"{path}, entry {key}" for key in content])
     raise ValueError(
-        f"{path} is a JSON object with the keys {', '.join(map(str, list(content)[:8])) or '(none)'}; expected a list of "
+        f"{path} is an object with the keys {', '.join(map(str, list(content)[:8])) or '(none)'}; expected a list of "
         "rows, COCO's images and annotations, VQAv2's questions, or entries by their ids."
     )
 

@@ -39,7 +39,9 @@ def test_conversation_labels_are_the_answers_and_their_end_tokens(pairs):
 @settings(max_examples=40, deadline=None)
 @given(TEXT)
 def test_caption_labels_are_the_whole_caption_and_its_end(caption):
-    batch = ConversationCollator(PROCESSOR, "caption")([sample(("assistant", caption)), sample(("assistant", "x" * 30))])
+    batch = ConversationCollator(PROCESSOR, "caption")(
+        [sample(("user", ""), ("assistant", caption)), sample(("user", ""), ("assistant", "x" * 30))]
+    )
     assert supervised_text(batch, 0) == caption + "<|endoftext|>"
     assert (batch["input_ids"][0] == PROCESSOR.image_token_id).sum() == PROCESSOR.num_image_tokens
     # image first, padding last and never supervised, though the end token is also the padding token
@@ -48,13 +50,13 @@ def test_caption_labels_are_the_whole_caption_and_its_end(caption):
 
 
 def test_a_typed_end_of_text_is_a_word_and_no_end():
-    batch = ConversationCollator(PROCESSOR, "caption")([sample(("assistant", "a <|endoftext|> b"))])
+    batch = ConversationCollator(PROCESSOR, "caption")([sample(("user", ""), ("assistant", "a <|endoftext|> b"))])
     assert supervised_text(batch, 0) == "a <|endoftext|> b<|endoftext|>"
     assert (batch["labels"] == PROCESSOR.tokenizer.eos_token_id).sum() == 1
 
 
 def test_noise_hits_a_fifth_of_the_text_and_nothing_else():
-    samples = [sample(("assistant", "word " * 50)), sample(("assistant", "w " * 20))] * 20
+    samples = [sample(("user", ""), ("assistant", "word " * 50)), sample(("user", ""), ("assistant", "w " * 20))] * 20
     clean = ConversationCollator(PROCESSOR, "caption")(samples)
     noised = ConversationCollator(PROCESSOR, "caption", noise=0.2, seed=1)(samples)
     assert torch.equal(clean["labels"], noised["labels"])
@@ -70,7 +72,7 @@ def test_noise_hits_a_fifth_of_the_text_and_nothing_else():
 
 
 def test_same_seed_same_noise():
-    samples = [sample(("assistant", "word " * 20))]
+    samples = [sample(("user", ""), ("assistant", "word " * 20))]
     first, again, other = (
         ConversationCollator(PROCESSOR, "caption", noise=0.2, seed=seed)(samples)["is_noised"] for seed in (3, 3, 4)
     )

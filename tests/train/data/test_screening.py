@@ -22,7 +22,7 @@ BAD = {  # row: what is wrong with it
     3: "no such image file",
     7: "cannot be read as an image",
     11: "lies outside",
-    19: "`answer` must be a text",
+    19: "`answer` is missing",
     23: "not valid JSON",
     31: "tokens, the limit is",
 }
@@ -146,7 +146,7 @@ def test_lengths_need_no_pixels(rows, text_format):
     samples, collator = sources.load("vqa", path=str(rows)), ConversationCollator(tiny_processor(), text_format)
     chosen = [samples[index] for index in (0, 1, 4)]
     expected = [(len(one), int((one.labels != -100).sum())) for one in collator.encoded(chosen)]
-    gone = [replace(one, images=["gone.jpg"]) for one in chosen]
+    gone = [one.with_images(["gone.jpg"]) for one in chosen]
     assert collator.lengths(gone) == expected
 
 

@@ -96,8 +96,10 @@ def test_a_prompt_asks_for_captions(tmp_path):
 
 
 def test_cocos_own_captions_file(tmp_path):
+    (tmp_path / "val2014").mkdir()
     (example,) = load_examples("captions", saved(tmp_path, coco()), str(tmp_path / "val2014"))
     assert asked(example) == ([str(tmp_path / "val2014" / "7.jpg")], [("user", "")], ["a", "b"])
+    assert example.image_id == 7
 
 
 @pytest.mark.parametrize(
@@ -127,19 +129,19 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "that", "texts": ["one"
 @pytest.mark.parametrize(
     ("task", "change", "says"),
     [
-        ("captions", {"texts": None}, "`texts` must be a text or a list of texts"),
-        ("captions", {"texts": []}, "`texts` must be"),
+        ("captions", {"texts": None}, "`texts` is missing"),
+        ("captions", {"texts": []}, "`texts` is empty"),
         ("captions", {"texts": ["one", " "]}, "a caption is empty"),
-        ("captions", {"texts": ["one", 7]}, "a text was expected, not 7"),
+        ("captions", {"texts": ["one", {}]}, "a text was expected, not {}"),
         ("captions", {"image": None}, "there is no image"),
         ("captions", {"image": "../a.png"}, "lies outside"),
-        ("vqa", {"question": " "}, "`question` must be a text"),
-        ("vqa", {"question": "<image>"}, "`question` must be a text"),
-        ("vqa", {"question": None}, "`question` must be a text, not None"),
-        ("vqa", {"answer": None}, "`answer` must be a text, or a list of texts, not None"),
-        ("vqa", {"answer": []}, "`answer` must be"),
-        ("vqa", {"answer": ["yes", ""]}, "`answer` must be"),
-        ("vqa", {"answer": [{"said": "yes"}]}, "`answer` must be"),
+        ("vqa", {"question": " "}, "`question` is empty"),
+        ("vqa", {"question": "<image>"}, "`question` is empty"),
+        ("vqa", {"question": None}, "`question` is missing"),
+        ("vqa", {"answer": None}, "`answer` is missing"),
+        ("vqa", {"answer": []}, "`answer` is empty"),
+        ("vqa", {"answer": ["yes", ""]}, "`answer` has an empty answer"),
+        ("vqa", {"answer": [{"said": "yes"}]}, "a text was expected, not None"),
         ("vqa", {"images": [], "image": None}, "there is no image"),
     ],
 )
@@ -155,13 +157,13 @@ def test_a_bad_row_is_named(task, change, says, tmp_path):
     ("content", "says"),
     [
         (coco(["a", " "]), "image 7: a caption is empty"),
-        (coco([]), "with a caption for each image"),
-        (coco() | {"images": []}, "has no rows"),
-        (coco() | {"images": [{"id": 7}]}, "COCO's form is"),
-        (coco() | {"images": [{"id": 7, "file_name": None}]}, "image 7: there is no image"),
+        (coco([]), "`texts` is missing"),
+        (coco() | {"images": []}, "has no image with the id 7"),
+        (coco() | {"images": [{"id": 7}]}, "has no image with the id 7"),
+        (coco() | {"images": [{"id": 7, "file_name": None}]}, "has no image with the id 7"),
         (coco() | {"images": [{"id": 7, "file_name": "../7.jpg"}]}, "image 7: the image ../7.jpg lies outside"),
-        (coco() | {"images": None}, "COCO's form is"),
-        (coco() | {"annotations": [{"image_id": 7, "caption": None}]}, "COCO's form is"),
+        (coco() | {"images": [{"id": 8, "file_name": "8.jpg"}]}, "image 8: `texts` is empty"),
+        (coco() | {"annotations": [{"image_id": 7, "caption": None}]}, "a text was expected, not None"),
     ],
 )
 def test_a_bad_file_of_cocos_form_is_named(content, says, tmp_path):
@@ -180,7 +182,7 @@ def test_a_bad_file_of_cocos_form_is_named(content, says, tmp_path):
         ("captions", {"data": "{rows}", "split": "val"}, "'split': 'val'"),
         ("captions", {"data": "{rows}", "images": "gone"}, "gone: there is no such folder"),
         ("captions", {"data": "{rows}", "answer": "a"}, "no key for answer"),
-        ("flickr8k", {"data": "{rows}"}, "expected a list of objects under 'images'"),
+        ("flickr8k", {"data": "{rows}"}, "`sentences` is missing"),
         ("flickr8k", {"data": "{rows}", "texts": "a"}, "no key for texts"),
         ("vqa", {"data": "{rows}", "prompt": "what?"}, "A prompt is for captions"),
         ("easy_vqa", {"data": "{rows}"}, "brings its own data"),

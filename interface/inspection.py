@@ -17,7 +17,7 @@ from prefixvlm.processing.images_prefix_vlm import load_image
 from prefixvlm.processing.processing_prefix_vlm import PrefixVLMProcessor
 from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.conversation import Conversation
-from prefixvlm.train.data.forms import FORMS
+from prefixvlm.train.data.forms import form_name
 from prefixvlm.train.data.screening import screen
 from prefixvlm.train.data.sources import LOOKED_AT, Samples, load
 from prefixvlm.train.training.starting_model import train_tokenizer
@@ -78,7 +78,7 @@ def inspect(path: str, source: str = "auto", limit: int = 3, tokenizer: str | No
     data = load(source, path=path, **options)
     if not isinstance(data, Samples):
         raise ValueError(f"The source {source} is no data set of rows; inspect each of its parts.")
-    name = next(name for name, form in FORMS.items() if type(data.form) is form)
+    name = form_name(data.form)
     collator = ConversationCollator(_processor(tokenizer), "caption" if name in CAPTION_FORMS else "conversation")
     verdict = screen(data, collator, measure=True)
     bad = {data.row(index) for index, _, _ in verdict.skipped}

@@ -482,6 +482,11 @@ FORMS: dict[str, type[Form]] = {
 }
 
 
+def form_name(form: Form) -> str:
+    """The name of a form as a source."""
+    return next(name for name, kind in FORMS.items() if type(form) is kind)
+
+
 def detect(rows: Iterable[dict]) -> str:
     """The name of the form that most of some rows have.
 

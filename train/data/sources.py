@@ -12,7 +12,7 @@ import numpy as np
 
 from prefixvlm.train.data import easy_vqa
 from prefixvlm.train.data.conversation import Conversation
-from prefixvlm.train.data.forms import FORMS, Form, detect
+from prefixvlm.train.data.forms import FORMS, Form, detect, form_name
 from prefixvlm.train.data.pictures import PictureFinder
 from prefixvlm.train.data.rows import JsonRows, RowStream, TableRows, read_rows
 from prefixvlm.train.data.tables import HeldRows
@@ -61,6 +61,15 @@ def without_token(options: dict) -> dict:
     return shown
 
 
+def described(samples) -> str:
+    """Which formats samples are of, and the keys that are read of their rows."""
+    if isinstance(samples, Mixture | MixedStream):
+        return "; ".join(map(described, samples.sources))
+    if isinstance(samples, Samples | Stream):
+        return samples.described
+    return described(samples.whole) if hasattr(samples, "whole") else "easy-VQA"
+
+
 def is_stream(samples) -> bool:
     """Whether samples come one after the other, without a length."""
     return isinstance(samples, Stream | MixedStream)
@@ -91,6 +100,16 @@ class Samples:
             raise IndexError(index)
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - (int(self._ends[row - 1]) if row else 0)
+
+    @property
+    def described(self) -> str:
+        """The form, and the keys of the first row that can be read."""
+        for index in range(min(LOOKED_AT, len(self.rows))):
+            try:
+                return f"{form_name(self.form)} ({', '.join(self.form.read_keys(self.rows[index]).values())})"
+            except ValueError:
+                continue
+        return form_name(self.form)
 
     def row(self, index: int) -> int:
         """Which row a sample is of."""
@@ -143,6 +162,11 @@ class Stream:
             for part in range(self.form.count(read)):
                 name = self.form.name(where, part)
                 yield name, partial(self.form.sample, read, part, name)
+
+    @property
+    def described(self) -> str:
+        """The form."""
+        return form_name(self.form)
 
     @property
     def fingerprint(self) -> str:

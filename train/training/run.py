@@ -27,7 +27,7 @@ from prefixvlm.train.data.feature_cache import FeatureCache
 from prefixvlm.train.data.noise import add_mask_token
 from prefixvlm.train.data.order import OrderedSamples, StreamedSamples
 from prefixvlm.train.data.screening import Report, Screened, Screening, encode_one, longest_sample
-from prefixvlm.train.data.sources import is_stream, without_token
+from prefixvlm.train.data.sources import described, is_stream, without_token
 from prefixvlm.train.evaluation import figures
 from prefixvlm.train.evaluation.tasks import spread
 from prefixvlm.train.recipes.schema import MAX_SEED, Recipe, StageRecipe
@@ -343,6 +343,8 @@ class _StageRun:
         screened = self.screening.verdict(self.samples, collator, settings.max_length, settings.group_by_length)
         counts = {"read": len(self.samples), "used": len(screened.indices), "skipped": len(screened.skipped)}
         self.record["samples"] = counts
+        self.record["images"] = sum(screened.images)
+        self.record["data"] = described(self.samples)
         if screened.lengths:
             self.record["tokens"] = {"all": sum(screened.lengths), "supervised": sum(screened.supervised)}
         report.read = counts["read"]
@@ -391,7 +393,8 @@ class _StageRun:
         tokens = f", {sum(screened.lengths):,} tokens" if screened.lengths else ""
         rates = ", ".join(f"{module} {rate:g}" for module, rate in self.stage.learning_rates.items())
         _say(
-            f"Stage {self.stage.number}: {len(screened.indices):,} samples{skipped}{tokens}, "
+            f"Stage {self.stage.number}: {len(screened.indices):,} samples of {self.record['data']}{skipped}, "
+            f"{self.record['images']:,} images{tokens}, "
             f"{self.stage.attention_mode} attention, learning rates {rates}"
         )
 

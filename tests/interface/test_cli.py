@@ -191,7 +191,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
         ([*EVALUATE, "captoins"], "--task is 'captoins'; did you mean 'captions'?"),
         ([*EVALUATE, "captions"], "The task captions needs data: --data"),
         ([*EVALUATE, "captions", "--data", "{saved}/no-such.json"], "no-such.json: there is no such file"),
-        ([*EVALUATE, "captions", "--data", "{saved}/photo.png"], "photo.png cannot be loaded"),
+        ([*EVALUATE, "captions", "--data", "{saved}/photo.png"], "photo.png is of no kind that is read"),
         ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--split", "val"], "'split': 'val'"),
         (
             [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--images", "{saved}/no-such"],
@@ -199,7 +199,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
         ),
         (
             [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--texts", "no-such-key"],
-            "rows.json, row 1: `no-such-key` must be",
+            "rows.json, row 1: `no-such-key` is missing",
         ),
         ([*EVALUATE, "captions", "--data", "{saved}/rows.json", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (
@@ -215,8 +215,8 @@ def test_bad_input_is_one_line_and_code_2(arguments, saved, capfd):
             [*EVALUATE, "captions", "--data", "{saved}/rows.json", "--dtype", "float8"],
             "--dtype is 'float8'; choose one of float32, bfloat16, float16",
         ),
-        ([*EVALUATE, "captions", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `texts` must be"),
-        ([*EVALUATE, "vqa", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `answer` must be"),
+        ([*EVALUATE, "captions", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `texts` is empty"),
+        ([*EVALUATE, "vqa", "--data", "{saved}/wordless.json"], "wordless.json, row 2: `answer` is empty"),
         ([*EVALUATE, "vqa", "--data", "{saved}/rows.json", "--table"], "--table is for captions"),
         ([*EVALUATE, "vqa", "--data", "{saved}/rows.json"], "choose another folder"),
         (

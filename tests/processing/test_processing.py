@@ -417,7 +417,7 @@ def test_a_template_whose_answers_end_with_no_token_gives_no_labels_but_still_re
 
 def test_what_the_template_renders():
     messages = [{"role": "system", "content": "s"}, user("q ", image_part(0)), assistant("a")]
-    expected = f"{IMAGE}{START}system\ns{END}\n{START}user\nq {END}\n{START}assistant\na{END}\n"
+    expected = f"{START}system\ns{END}\n{START}user\nq {IMAGE}{END}\n{START}assistant\na{END}\n"
     assert PROCESSOR.apply_chat_template(messages) == expected
     prompt = PROCESSOR.apply_chat_template(messages[:2], add_generation_prompt=True)
     assert expected.startswith(prompt)
@@ -448,21 +448,18 @@ def test_content_as_text_or_parts_or_missing():
         encode([user({"type": "video", "path": "a.mp4"}, "q")])
 
 
-def test_one_image_comes_first_wherever_it_was_put():
-    expected = encode([user(image_part(0), "ab")])["input_ids"]
-    assert image_positions(expected) == list(range(P))
-    assert encode([user("ab", image_part(0))])["input_ids"] == expected
-    assert encode([user("a", image_part(0), "b")])["input_ids"] == expected
-    later = encode([user("ab"), assistant("c"), user("d", image_part(0))])
-    assert image_positions(later["input_ids"]) == list(range(P))
-
-
-def test_of_several_images_the_leading_ones_come_first_and_the_others_stay():
+def test_the_images_that_open_the_first_user_turn_come_first_and_the_others_stay():
     def rendered(*messages):
         return PROCESSOR.apply_chat_template(list(messages)).replace(IMAGE, "#").replace(START, "").replace(END, "|")
 
     i = image_part(0)
+    assert rendered(user(i, "a")) == "#user\na|\n"
     assert rendered(user(i, i, "a")) == "##user\na|\n"
+    assert rendered({"role": "system", "content": "s"}, user(i, "a")) == "#system\ns|\nuser\na|\n"
+    assert rendered(user("a", i)) == "user\na#|\n"
+    assert rendered(user("a", i, "b")) == "user\na#b|\n"
+    assert rendered(user("a"), assistant("c"), user(i, "d")) == "user\na|\nassistant\nc|\nuser\n#d|\n"
+    assert rendered({"role": "system", "content": [i, text_part("s")]}, user(i, "a")) == "system\n#s|\nuser\n#a|\n"
     assert rendered(user("a", i, "b", i)) == "user\na#b#|\n"
     assert rendered(user(i, "a", i, "b")) == "#user\na#b|\n"
     assert rendered(user(i, "a"), assistant("c"), user("d", i)) == "#user\na|\nassistant\nc|\nuser\nd#|\n"

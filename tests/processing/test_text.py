@@ -401,7 +401,8 @@ def test_a_token_in_pieces_stays_words(name, parts):
     processor, text = processor_of(name), "".join(part or "" for part in parts)
     content = [{"type": "image", "image": picture()} if part is None else {"type": "text", "text": part} for part in parts]
     encoded = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
-    assert turns(encoded[0], processor) == [f"user\n{text}"]
+    shown = "".join(processor.image_token * processor.num_image_tokens if part is None else part for part in parts)
+    assert turns(encoded[0], processor) == [f"user\n{shown}"]
     messages = [{"role": "user", "content": part or ""} for part in parts]
     bare = "{%- for message in messages -%}{{ message['content'] }}{%- endfor -%}"
     ids = processor.apply_chat_template(messages, chat_template=TURN_START + bare + TURN_END, tokenize=True)[0]

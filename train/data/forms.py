@@ -6,7 +6,7 @@ A kind is a class with a line in `FORMS`: `is_of` knows its rows, `samples` read
 import ast
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from prefixvlm.train.data.conversation import Conversation, Picture, Turn, with_images_in_front
@@ -18,10 +18,15 @@ IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
 # of a row's picture, where no key is named; the first that is there
 IMAGE_KEYS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "image_path", "img_path", "image_file")
 IMAGE_KEYS += ("img_file", "file_name", "filename", "image_name", "img_name", "Figure_path", "filepath", "path")
+IMAGE_KEYS += ("image_url",)
 ID_KEYS = ("image_id", "imageId")
 FRAME_KEYS = ("video", "videos")
+SOUND_KEYS = ("audio", "audios")
+TURN_IMAGE_KEYS = ("image", "images")
 ALSO_READ = ("system", "history", "input", "hint", "completion", "text_list", "image_info", "filepath", "split")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+LONGEST_NAME = 1000  # characters of what may be the name of a file
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -140,11 +145,17 @@ class Form:
         return {option: key for option, key in found.items() if key is not None} | also
 
     def image_key(self, row: dict) -> str | None:
-        """The key of a row's images; one that is there but empty only if there is no other."""
+        """The key of a row's images: one that holds them before one that names them, an empty one if there is no other."""
         if "image" in self.named:
             return self.named["image"]
         present = [name for name in (*IMAGE_KEYS, *FRAME_KEYS, *ID_KEYS) if row.get(name) is not None]
-        return next((name for name in present if row[name] not in ("", [])), next(iter(present), None))
+        filled = [name for name in present if not _is_missing(row[name])]
+        held = (
+            name
+            for name in filled
+            if isinstance(row[name], bytes) or (isinstance(row[name], dict) and row[name].get("bytes"))
+        )
+        return next(held, next(iter(filled or present), None))
 
     def images(self, row: dict) -> list:
         """The images of a row, as `load_image` opens them.
@@ -154,6 +165,11 @@ class Form:
         """
         key = self.image_key(row)
         value = None if key is None else row.get(key)
+        for sound in SOUND_KEYS:
+            if not _is_missing(row.get(sound)):
+                raise ValueError(f"`{sound}` names a sound, which cannot be trained on; leave out such rows")
+        if key is None and not self.allow_text_only and (other := _unread_image(row)):
+            raise ValueError(f"`{other}` looks like an image; name it as the key of `image`, or set allow_text_only")
         if key in FRAME_KEYS:
             _refuse_video(key, value)
         given = value if isinstance(value, list) else [] if value is None else [value]
@@ -218,15 +234,28 @@ class ChatForm(Form):
         images = [] if has_sources and self.image_key(row) is None else self.images(row)
         if images and has_sources:
             raise ValueError(f"images are given both in the turns and under `{self.image_key(row)}`; give them once")
-        left = iter(images)
+        left = self._in_their_order(images, turns)
         found = [Turn(one.role, (one.text,)) for one in _before(row)]
         for role, content, turn in turns:
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
             made = tuple(self._part(part, left) for part in parts)
             found.append(Turn(role, made, _is_supervised(turn)))
-        if next(left, None) is not None:
-            raise ValueError(f"the turns have places for fewer than the {len(images)} images of the row")
         return [found]
+
+    def _in_their_order(self, images: list, turns) -> Iterator:
+        """The row's images as the turns have their places: one after the other, or by the `index` of each place.
+
+        Raises:
+            ValueError: if not every image has a place, or a place has no image.
+        """
+        parts = [part for _, content, _ in turns if isinstance(content, list) for part in content if _is_image(part)]
+        places = [part.get("index") for part in parts if _source(part) is None]
+        numbers = list(range(len(places))) if all(place is None for place in places) else places
+        if set(numbers) != set(range(len(images))):
+            raise ValueError(
+                f"the turns have {len(places)} places for images, but the row has {len(images) or 'no'} image(s)"
+            )
+        return iter([images[number] for number in numbers])
 
     def _turns(self, row) -> list[tuple[str, Any, dict]]:
         """(role, content, turn) of each turn, content a text or a list of parts."""
@@ -246,8 +275,27 @@ class ChatForm(Form):
             content = turn.get("content") if turn.get("content") is not None else turn.get("value")
             if turn.get("tool_calls"):
                 raise ValueError("a turn calls a tool, which cannot be trained on; leave out such rows")
-            found.append((ROLES[role], "" if content is None else content, turn))
+            found.append((ROLES[role], self._with_own_images(turn, "" if content is None else content), turn))
         return found
+
+    def _with_own_images(self, turn: dict, content):
+        """What a turn says, with the images that it has beside its text."""
+        key = next((key for key in TURN_IMAGE_KEYS if not _is_missing(turn.get(key))), None)
+        if key is None:
+            if other := _unread_image({name: value for name, value in turn.items() if name not in ("content", "value")}):
+                raise ValueError(f"a turn's `{other}` looks like an image; call it `image`")
+            return content
+        images = turn[key] if isinstance(turn[key], list) else [turn[key]]
+        if not isinstance(content, str):
+            raise ValueError(f"a turn has images both in its parts and under `{key}`; give them once")
+        places = content.count(IMAGE_PLACE)
+        if places not in (0, len(images)):
+            raise ValueError(f"a turn has {places} {IMAGE_PLACE}, but {len(images)} image(s)")
+        placed = _turn(Said("user", content if places else IMAGE_PLACE * len(images) + content), iter(images), len(images))
+        return [
+            {"type": "image", "image": part.source} if isinstance(part, Picture) else {"type": "text", "text": part}
+            for part in placed.parts
+        ]
 
     def _part(self, part, left):
         if isinstance(part, str):
@@ -258,10 +306,7 @@ class ChatForm(Form):
             return part["text"] or ""
         source = _source(part)
         if source is None:
-            source = next(left, None)
-            if source is None:
-                raise ValueError("the turns have places for more images than the row has")
-            return Picture(source)
+            return Picture(next(left))
         return Picture(self.pictures(source))
 
 
@@ -352,8 +397,8 @@ class ChoicesForm(Form):
 
     @staticmethod
     def is_of(row):
-        has_choices = any(not _is_missing(row.get(key)) for key in ChoicesForm.keys["choices"]) or "Choice A" in row
-        return has_choices and any(key in row for key in ChoicesForm.keys["question"])
+        has_choices = any(not _is_missing(row.get(key)) for key in ChoicesForm.keys["choices"]) or _lettered(row)
+        return bool(has_choices) and any(key in row for key in ChoicesForm.keys["question"])
 
     def said(self, row):
         choices = self.choices(row)
@@ -364,8 +409,7 @@ class ChoicesForm(Form):
 
     def choices(self, row: dict) -> list[str]:
         """The words of each choice."""
-        if "Choice A" in row and self.key(row, "choices") is None:
-            lettered = [row[f"Choice {letter}"] for letter in LETTERS if not _is_missing(row.get(f"Choice {letter}"))]
+        if self.key(row, "choices") is None and (lettered := _lettered(row)):
             return [_without_letter(_words(choice)) for choice in lettered]
         given = _unpacked(self.value(row, "choices"))
         if isinstance(given, dict):
@@ -378,14 +422,19 @@ class ChoicesForm(Form):
         """The number of the right choice, from 0; rows may give the number, the letter or the words."""
         key = self.key(row, "answer")
         answer, choices = self.value(row, "answer"), self.choices(row)
-        if isinstance(answer, str) and not answer.strip().isdigit():
-            words = answer.strip()
-            if words in choices:
-                return choices.index(words)
-            letter = words.strip("().: ").upper()
-            answer = LETTERS.index(letter) if len(letter) == 1 and letter in LETTERS else -1
-        number = int(answer) if not isinstance(answer, bool) else -1
-        if not 0 <= number < len(choices):
+        words = answer.strip() if isinstance(answer, str) else _words(answer)
+        letter = words.strip("().: ").upper()
+        is_number = words.isdecimal() and not isinstance(answer, bool)
+        is_place = is_number and (
+            str(key).endswith("idx") or not isinstance(answer, str)
+        )  # else "3" may be a choice's words
+        if words in choices and not is_place:
+            return choices.index(words)
+        if is_number:
+            number = int(words)
+        else:
+            number = LETTERS.index(letter) if len(letter) == 1 and letter in LETTERS else len(choices)
+        if number >= len(choices):
             raise ValueError(f"`{key}` is {row[key]!r}, which is none of the {len(choices)} choices")
         return number
 
@@ -428,7 +477,10 @@ class CaptionsForm(Form):
 
     has_parts = True
     keys = {
-        "texts": ("texts", "text", "captions", "caption", "sentences", "txt", "description", "raw_caption", "recaption")
+        "texts": (
+            *("texts", "text", "captions", "caption", "sentences", "txt", "description", "raw_caption", "recaption"),
+            *("comment", "TEXT"),
+        )
     }
 
     @staticmethod
@@ -561,6 +613,20 @@ def _source(part: dict):
     return source["url"] if isinstance(source, dict) and "url" in source else source
 
 
+def _unread_image(row: dict) -> str | None:
+    """The key of what is an image by its looks."""
+
+    def looks_so(value) -> bool:
+        if isinstance(value, list):
+            return bool(value) and looks_so(value[0])
+        if isinstance(value, dict):
+            return isinstance(value.get("bytes"), bytes)
+        name = value[:LONGEST_NAME].lower() if isinstance(value, str) else ""
+        return "\n" not in name and (name.endswith(PICTURES) or name.startswith("data:image/"))
+
+    return next((key for key, value in row.items() if looks_so(value)), None)
+
+
 def _refuse_video(key: str, value) -> None:
     given = value if isinstance(value, list) else [value]
     if any(isinstance(one, str) and one.lower().endswith(VIDEOS) for one in given) or not isinstance(value, list):
@@ -603,6 +669,15 @@ def _unpacked(value):
             except (ValueError, SyntaxError):
                 continue
     return value
+
+
+def _lettered(row: dict) -> list:
+    """The choices that a row has one by one, as PMC-VQA's `Choice A` and MMBench's `A`; not one alone."""
+    for name in ("Choice {}", "{}"):
+        found = [row[key] for key in map(name.format, LETTERS) if not _is_missing(row.get(key))]
+        if len(found) > 1:
+            return found
+    return []
 
 
 def _without_letter(choice: str) -> str:

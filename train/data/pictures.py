@@ -49,13 +49,11 @@ class PictureFinder:
                 return b64decode(image)
             except binascii.Error:
                 pass  # a long name
-        # by hand, since pathlib takes longer than all the rest of a row
         path = image.replace("\\", "/")
         if path.startswith(f"{os.path.abspath(self.folder)}/") and ".." not in path.split("/"):
             return image
-        if path.startswith("/") or path[1:2] == ":" or ".." in path.split("/"):
-            raise ValueError(f"the image {image} lies outside {self.folder}; give a path below it")
-        return os.path.join(self.folder, path)
+        path = self._inside(path)
+        return self.by_id(image) if "." not in image and not os.path.isfile(path) else path
 
     def by_id(self, identifier) -> str:
         """The file of an image that a data set knows by an id.
@@ -63,6 +61,7 @@ class PictureFinder:
         Raises:
             ValueError: if the folder has none of the usual names.
         """
+        self._inside(str(identifier))
         names = [name.format(identifier) for name in NAMES_BY_ID]
         for folder in self._folders:
             for name in names:
@@ -70,6 +69,14 @@ class PictureFinder:
                 if os.path.isfile(path):
                     return path
         raise ValueError(f"{self.folder} has no image with the id {identifier}: neither {', nor '.join(names[:-1])}")
+
+    def _inside(self, path: str) -> str:
+        """A path below the folder; by hand, since pathlib takes longer than all the rest of a row."""
+        if path.startswith("/") or path[1:2] == ":" or ".." in path.split("/"):
+            raise ValueError(f"the image {path} lies outside {self.folder}; give a path below it")
+        if "\0" in path:
+            raise ValueError(f"the image {path!r} has a character that no file name has")
+        return os.path.join(self.folder, path)
 
     @cached_property
     def _folders(self) -> list[str]:

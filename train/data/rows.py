@@ -7,7 +7,6 @@ is parsed when it is asked for. Everything else goes through `datasets`.
 
 import codecs
 import glob
-import gzip
 import hashlib
 import json
 import mmap
@@ -21,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from prefixvlm.inference.loading import refuse_missing_path
-from prefixvlm.train.data.tables import HeldRows, object_rows, table_rows
+from prefixvlm.train.data.tables import HeldRows, contents, object_rows, pickled_rows, table_rows
 
 # the kinds of files, by what their names end in, where a folder has several the first
 KINDS = {
@@ -29,7 +28,8 @@ KINDS = {
     "webdataset": (".tar",),
     "lines": (".jsonl", ".ndjson"),
     "json": (".json",),
-    "table": (".csv", ".tsv", ".txt"),
+    "table": (".csv", ".tsv", ".txt", ".token"),
+    "pickle": (".pkl",),
 }
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a folder of images, as `datasets` knows it
 SPLITS = ("train", "validation", "val", "dev", "test")
@@ -114,7 +114,7 @@ class TableRows:
         return f"{self.name}, row {index + 1}"
 
     def __getitem__(self, index: int) -> dict:
-        return self.table[index]
+        return _unnested(self.table[index])
 
     @property
     def fingerprint(self) -> str:
@@ -196,7 +196,7 @@ class TableStream(RowStream):
                 own = [row for row in range(len(batch)) if (before + row) % parts == part]
                 for row, values in zip(own, batch.take(own).to_pylist(), strict=True):
                     of = f" of shard {shard + 1}" if shards > 1 else ""
-                    yield f"{self.name}, row {before + row + 1}{of}", partial(dict, values)
+                    yield f"{self.name}, row {before + row + 1}{of}", partial(_unnested, values)
                 before += len(batch)
 
 
@@ -211,8 +211,9 @@ def read_rows(
     """The rows of a data set.
 
     Args:
-        path: a .json or .jsonl file (also .gz), a table (.csv, .tsv, .txt), .parquet or webdataset .tar files, a glob of
-            such files, a folder that holds some or images with their metadata, or the name of a data set on the Hub.
+        path: a .json or .jsonl file (also .gz), a table (.csv, .tsv, .txt, .token), .parquet or webdataset .tar files, .pkl
+            files of plain rows, a glob of such files, a folder that holds some or images with their metadata, or the name
+            of a data set on the Hub.
         split: of a data set; of rows here, those whose key `split` has this value, and those without one. `a+b` is both.
         streaming: read while training.
         field: where in a JSON file the list of rows is.
@@ -234,8 +235,8 @@ def read_rows(
         return ListStream(rows, path, split) if streaming else rows
     if annotations is not None or field is not None:
         raise ValueError(f"{path} is no JSON file; leave out {'annotations' if annotations else 'field'}.")
-    if kind == "table":
-        rows = table_rows(files).of_split(split)
+    if kind in ("table", "pickle"):
+        rows = (table_rows if kind == "table" else pickled_rows)(files).of_split(split)
         return ListStream(rows, path, split) if streaming else rows
     table = _table(path, files, kind, split or "train", streaming, hub)
     return (
@@ -268,9 +269,7 @@ def _object(file: str) -> dict | None:
     if not content[:BEGINNING].lstrip(codecs.BOM_UTF8 + WHITESPACE).startswith(b"{") or _has_lines(file):
         return None
     try:
-        return json.loads(bytes(content).removeprefix(codecs.BOM_UTF8))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        return json.loads(bytes(content).removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
 
@@ -311,6 +310,12 @@ def _parsed(row: bytes) -> dict:
     return values
 
 
+def _unnested(row: dict) -> dict:
+    """A webdataset's row, with what its .json file holds beside the other files of the sample."""
+    nested = row.get("json") if "__key__" in row else None
+    return {**nested, **row} if isinstance(nested, dict) else dict(row)
+
+
 def _is_wanted(row: bytes, split: str | None) -> bool:
     if not row.strip():
         return False
@@ -325,8 +330,7 @@ def _is_wanted(row: bytes, split: str | None) -> bool:
 
 def _mapped(file: str) -> mmap.mmap | bytes:
     if file.lower().endswith(".gz"):
-        with gzip.open(file) as packed:
-            return packed.read()
+        return contents(file)
     with open(file, "rb") as opened:
         if not Path(file).stat().st_size:
             return b""  # which cannot be mapped
@@ -360,15 +364,14 @@ def _list_spans(file: str, field: str | None) -> np.ndarray:
     content = bytes(_mapped(file))
     mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     try:
-        text = content[mark:].decode()
+        # a byte that is no UTF-8 is bad in its own row alone
+        text = content[mark:].decode(errors="surrogateescape")
         start = _list_start(text, field)
         if start is not None:
             return _entry_spans(text, start, is_whole=field is None) + mark
         json.loads(text)  # raises where something is broken
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     raise ValueError(f"{file}: expected a list of objects{f' under {field!r}' if field else ''}.")
 
 
@@ -396,7 +399,7 @@ def _entry_spans(text: str, place: int, is_whole: bool) -> np.ndarray:
 
     def size(start: int, end: int) -> int:
         """In bytes, which is what places in a file are counted in."""
-        return end - start if is_ascii else len(text[start:end].encode())
+        return end - start if is_ascii else len(text[start:end].encode(errors="surrogateescape"))
 
     spans: list[tuple[int, int]] = []
     seen, seen_bytes = 0, 0
@@ -439,10 +442,10 @@ def _files(path: str) -> list[str]:
         kinds = {kind: [file for file in found if _kind(file) == kind and not file.endswith(".txt")] for kind in KINDS}
         kind, files = next(((kind, files) for kind, files in kinds.items() if files), (None, []))
         if kind is None:
-            raise ValueError(f"{path}: the folder has no .parquet, .tar, .jsonl, .json, .csv or .tsv file.")
+            raise ValueError(f"{path}: the folder has no .parquet, .tar, .jsonl, .json, .csv, .tsv, .token or .pkl file.")
         if kind not in ("parquet", "webdataset") and len(files) > 1:
             raise ValueError(f"{path}: the folder has several files of rows; name one of {', '.join(files[:5])}.")
-    elif _kind(path):
+    elif _kind(path) or Path(path).is_file():
         files = [path]
     else:
         refuse_missing_path(path)

@@ -1,16 +1,21 @@
-"""Rows of files that are read whole: tables of text, and JSON objects whose rows are spread over several lists.
+"""Rows of files that are read whole: tables of text, pickled lists, JSON objects whose rows are spread over several lists.
 
 `datasets` wants one type per column and gives up at the first bad line; here one bad row costs only that row.
 """
 
+import codecs
 import csv
+import gzip
 import hashlib
 import io
 import json
+import pickle
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+BROKEN = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are no UTF-8
 TOKEN_LINE = re.compile(r"(?P<image>.+\.\w+)#\d+\t(?P<caption>.*)")  # of Flickr8k and Flickr30k
 DELIMITERS = ",;|\t"
 CAPTION_OF, QUESTIONS, ANNOTATIONS = "texts", "questions", "annotations"
@@ -50,7 +55,7 @@ class HeldRows:
         """Changes when the rows do."""
         digest = hashlib.blake2b(digest_size=16)
         for row in self.rows:
-            digest.update(json.dumps(row).encode() + b"\n")
+            digest.update(json.dumps(row, default=repr).encode() + b"\n")
         return digest.hexdigest()
 
     def of_split(self, split: str | None) -> "HeldRows":
@@ -63,18 +68,46 @@ class HeldRows:
         return HeldRows([self.rows[place] for place in wanted], [self.names[place] for place in wanted])
 
 
+def contents(file: str) -> bytes:
+    """The bytes of a file, unpacked if its name ends in .gz.
+
+    Raises:
+        ValueError: if it cannot be unpacked.
+    """
+    content = Path(file).read_bytes()
+    if not file.lower().endswith(".gz"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be unpacked ({error}).") from error
+
+
 def table_rows(files: list[str]) -> HeldRows:
-    """The rows of .csv, .tsv and .txt files.
+    """The rows of .csv, .tsv, .txt and .token files.
 
     The first line names the columns, except in Flickr's token files, `image.jpg#0<tab>caption`.
 
     Raises:
         ValueError: for a file that is no such table.
     """
+    return _held(files, _table)
+
+
+def pickled_rows(files: list[str]) -> HeldRows:
+    """The rows of PathVQA's own .pkl files: lists of dictionaries.
+
+    Raises:
+        ValueError: for a file that is none, or holds more than lists, dictionaries, texts and numbers; its code is not run.
+    """
+    return _held(files, _unpickled)
+
+
+def _held(files: list[str], read: Callable[[str], Iterable[tuple[int, dict | str]]]) -> HeldRows:
     rows: list[dict | str] = []
     names: list[str] = []
     for file in files:
-        for number, row in _table(file):
+        for number, row in read(file):
             rows.append(row)
             names.append(f"{file}, row {number}")
     return HeldRows(rows, names)
@@ -177,15 +210,18 @@ def _answers_of(path: Path) -> Path | None:
 
 def _table(file: str) -> Iterator[tuple[int, dict | str]]:
     """Yields (number, row)."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    content = contents(file)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{file} is UTF-16 text; save it as UTF-8.")
+    # a byte that is no UTF-8 is bad in its own row alone
+    text = content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
     lines = text.splitlines()
     if lines and TOKEN_LINE.fullmatch(lines[0]):
         for number, line in enumerate(lines, start=1):
             found = TOKEN_LINE.fullmatch(line)
-            if line.strip():
+            if BROKEN.search(line):
+                yield number, "it is not UTF-8 text"
+            elif line.strip():
                 yield number, found.groupdict() if found else "it is not image.jpg#0, a tab and a caption"
         return
     header = lines[0] if lines else ""
@@ -212,5 +248,26 @@ def _table(file: str) -> Iterator[tuple[int, dict | str]]:
         number += 1
         if len(values) != len(names):
             yield number, f"it has {len(values)} columns, the first line has {len(names)}"
+        elif bad := next((value for value in values if BROKEN.search(value)), None):
+            yield number, f"it is not UTF-8 text ({bad[:60]!a})"
         else:
             yield number, dict(zip(names, values, strict=True))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads what needs no code: of a file from elsewhere, a class may be anything."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def _unpickled(file: str) -> Iterator[tuple[int, dict | str]]:
+    """Yields (number, row)."""
+    try:
+        content = _PlainUnpickler(io.BytesIO(contents(file))).load()
+    except Exception as error:  # a broken pickle raises errors of many kinds
+        raise ValueError(f"{file} is no pickled list of plain rows ({error}); write its rows as .jsonl.") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a list of rows.")
+    for number, row in enumerate(content, start=1):
+        yield number, row if isinstance(row, dict) else "it is not an object"

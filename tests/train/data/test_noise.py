@@ -135,7 +135,8 @@ def test_a_recipe_names_the_noise(tmp_path):
     rows = [{"texts": [f"a caption, number {index}"]} for index in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    stage = {"data": {"source": "captions", "path": str(tmp_path / "rows.jsonl")}, "batch_size": 2, "device_batch_size": 2}
+    data = {"source": "captions", "path": str(tmp_path / "rows.jsonl"), "allow_text_only": True}
+    stage = {"data": data, "batch_size": 2, "device_batch_size": 2}
     stages = {0: {**stage, "noise_token": "mask"}, 1: stage}
     values = {"model": {**SMALL["model"], "tokenizer": str(tmp_path / "tokenizer")}, "stages": stages}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "output": str(tmp_path / "out")}))

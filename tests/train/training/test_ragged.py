@@ -150,7 +150,7 @@ def test_a_recipe_trains_rows_without_a_picture_one_by_one_in_every_stage(tmp_pa
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    source = {"source": "llava", "path": str(tmp_path / "rows.jsonl"), "streaming": streaming}
+    source = {"source": "llava", "path": str(tmp_path / "rows.jsonl"), "streaming": streaming, "allow_text_only": True}
     stage = {"data": source, "batch_size": 1, "device_batch_size": 1, "max_steps": 4}
     values = {
         "model": {**SMALL["model"], "tokenizer": str(tmp_path / "tokenizer")},
@@ -168,7 +168,7 @@ def test_a_recipe_trains_rows_without_a_picture_one_by_one_in_every_stage(tmp_pa
         assert [entry["loss"] == 0 for entry in steps].count(True) == (not streaming)
         reasons = (folder / "skipped.jsonl").read_text()
         assert "cut.jpg cannot be read" in reasons
-        assert "row 5: a question has <image>, but the row has no image" in reasons
+        assert "row 5: the user's turns have 1 <image>, but the row has no image" in reasons
         assert len(reasons.splitlines()) == 2
         assert all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
 

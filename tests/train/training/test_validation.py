@@ -346,7 +346,7 @@ STREAM = {"source": "llava", "path": "x", "streaming": True}
         ({"share": 1, "every_steps": 1}, {}, "share is 1; it must be less than 1"),
         ({"share": 0.1, "every_steps": 1, "patience": 0}, {}, "patience is 0; it must be at least 1"),
         ({"share": 0.1, "every_steps": 1, "patiense": 1}, {}, "did you mean 'patience'?"),
-        ({"data": {"path": "x"}, "every_steps": 1}, {}, "data needs a `source`"),
+        ({"data": {"split": "x"}, "every_steps": 1}, {}, "data needs a `source`"),
         ({"share": 0.1, "every_steps": 1}, {"data": STREAM, "max_steps": 9}, "no share of a stream can be held out"),
         (
             {"share": 0.1, "every_steps": 1},

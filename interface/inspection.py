@@ -47,6 +47,7 @@ class Inspection:
         tokens: quantiles of a sample's length, by share; empty without a tokenizer.
         samples: as `_sample` has them.
         problems: where and why something is not used.
+        shown: the conversations of `samples`.
     """
 
     format: str
@@ -61,6 +62,7 @@ class Inspection:
     tokens: dict[str, int] = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
     problems: list[dict] = field(default_factory=list)
+    shown: list[Conversation] = field(default_factory=list)
 
 
 def inspect(path: str, source: str = "auto", limit: int = 3, tokenizer: str | None = None, **options) -> Inspection:
@@ -104,6 +106,7 @@ def inspect(path: str, source: str = "auto", limit: int = 3, tokenizer: str | No
         found.turns += len(conversation.turns)
         if len(found.samples) < limit:
             found.samples.append(_sample(collator, conversation))
+            found.shown.append(conversation)
     return found
 
 
@@ -162,7 +165,6 @@ def _sample(collator: ConversationCollator, conversation: Conversation) -> dict[
         "tokens": len(ids),
         "text": collator.written(conversation),
         "supervised": [collator.processor.tokenizer.decode(run) for run in learnt if run],
-        "thumbnails": [_thumbnail(image) for image in conversation.images],
     }
 
 
@@ -176,20 +178,9 @@ def _shown(image) -> str:
     return text if len(text) <= 300 else f"{text[:60]}... ({len(text):,} characters)"
 
 
-def _thumbnail(image) -> str:
-    """A small PNG as a data URI."""
-    picture = load_image(image)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def as_json(found: Inspection) -> str:
-    """All of it, but for the thumbnails."""
-    content = vars(found) | {
-        "samples": [{name: value for name, value in one.items() if name != "thumbnails"} for one in found.samples]
-    }
+    """All of it, but for `shown`."""
+    content = {name: value for name, value in vars(found).items() if name != "shown"}
     return json.dumps(content, ensure_ascii=False, indent=2)
 
 
@@ -205,8 +196,8 @@ def write_page(found: Inspection, path: Path) -> None:
     """A self-contained HTML page with the pictures; what is learnt is marked."""
     problems = "".join(f"<li>{html.escape(one['where'])}: {html.escape(one['why'])}" for one in found.problems)
     samples = ""
-    for sample in found.samples:
-        pictures = "".join(f'<img alt="" src="{uri}">' for uri in sample["thumbnails"])
+    for sample, conversation in zip(found.samples, found.shown, strict=True):
+        pictures = "".join(map(_thumbnail, conversation.images))
         text = _marked({**sample, **{name: _escaped(sample[name]) for name in ("text", "supervised")}}, "<mark>", "</mark>")
         samples += f"<h2>{html.escape(sample['name'])}</h2>{pictures}<pre>{text}</pre>"
     path.write_text(
@@ -214,6 +205,18 @@ def write_page(found: Inspection, path: Path) -> None:
         f"<p>{'<br>'.join(map(html.escape, _summary(found)))}</p><ul>{problems}</ul>{samples}</html>\n",
         encoding="utf-8",
     )
+
+
+def _thumbnail(image) -> str:
+    """A small picture, or what is wrong with it."""
+    try:
+        picture = load_image(image)
+    except ValueError as error:
+        return f"<p>{html.escape(str(error))}</p>"
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def _summary(found: Inspection) -> list[str]:

@@ -37,7 +37,7 @@ def attention_mask_4d(
         x x x x .   x x x x .   even the earlier    x x x x x
         x x x x x   x x x x x   ones                x x x x x
 
-    Padding is masked last, so no mode can unmask it. A padding query attends to itself alone, which keeps its softmax
+    Padding is masked last, so no mode can unmask it. A padding query attends to itself too, which keeps its softmax
     finite; its output is never used.
 
     Args:

@@ -376,7 +376,7 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 "cached; pass the whole conversation without a cache."
             )
         limit, tokens = context(self.config.text_config), past + is_image.shape[1]
-        if limit is None or tokens <= limit:
+        if limit is None or tokens <= limit or is_image.shape[1] == 1:  # transformers too lets an answer exceed it
             return
         if position_ids is not None:  # padding does not count, and packed samples do not count together
             tokens = int(position_ids.max()) + 1
@@ -385,6 +385,10 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 f"The prompt has {tokens} tokens, but this {self.config.text_config.model_type} decoder reads at most "
                 f"{limit}; shorten it."
             )
+
+    def _may_hold_images(self, length: int) -> bool:
+        """Whether a pass of so many tokens may bring images; a single token is a generated one, never an image's."""
+        return length > 1 or self.config.num_image_tokens == 1
 
     def _is_image(self, input_ids, inputs_embeds) -> torch.Tensor:
         """(B, T) bool, True at image positions."""
@@ -412,8 +416,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             features = image_hidden_states if scale is None else image_hidden_states / scale
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)
             return inputs_embeds, is_image, image_hidden_states
-        if inputs_embeds.shape[1] > 1:  # a generated token is never an image's
+        if self._may_hold_images(inputs_embeds.shape[1]):
             self._refuse_mismatch(is_placeholder, 0)
+            self._refuse_parts_of_images(is_image, self.config.num_image_tokens)  # whose features are embeddings already
         if self.calls_all_modules or (self.training and torch.is_grad_enabled()):
             inputs_embeds = inputs_embeds + self._of_no_image()
         return inputs_embeds, is_image, None
@@ -436,6 +441,17 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             raise ValueError(
                 f"The text has {wanted} image tokens, but {images} image(s) of {features} features each make "
                 f"{images * features}; let the processor place the image tokens."
+            )
+        self._refuse_parts_of_images(is_image, features)
+
+    def _refuse_parts_of_images(self, is_image: torch.Tensor, features: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # images are separated by counting from the start of a row and of a pass
+        if parts := [count for count in is_image.sum(dim=-1).tolist() if count % features]:
+            raise ValueError(
+                f"A row has {parts[0]} image tokens, but an image makes {features}; keep the tokens of an image in "
+                "one row and one pass."
             )
 
     def _of_no_image(self) -> torch.Tensor:
@@ -476,8 +492,10 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             vision_features: (I, G * G, width of the encoder), from `get_vision_features`, instead of `pixel_values`.
 
         Raises:
-            ValueError: if image tokens and image features differ in number, a prompt exceeds the decoder's context, a
-                bidirectional model is given a cache, or `prefix_all_images` a new image after a cached prompt.
+            ValueError: if image tokens and image features differ in number, a row has a part of an image, a prompt exceeds
+                the decoder's context, a bidirectional model is given a cache, or `prefix_all_images` a new image after a
+                cached prompt: earlier tokens attend to it, so the whole conversation has to be passed without a cache. In
+                `prefix` and `causal` mode a cache goes on with new images.
         """
         if self.config.attention_mode == "bidirectional":
             if use_cache or past_key_values is not None:
@@ -498,8 +516,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                 document_ids = documents(length, position_ids, **kwargs)
             if position_ids is None:
                 position_ids = positions(attention_mask, document_ids, length)
-            if length > 1:
+            if self._may_hold_images(length):
                 self._refuse_prompt(is_image, position_ids, past_key_values, cache_position)
+            if length > 1:
                 attention_mask = self._update_causal_mask(
                     attention_mask, is_image, inputs_embeds, past_key_values, document_ids, cache_position
                 )
@@ -792,7 +811,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         )
         # images go with the pass that contains their tokens: the prompt, or a continuation with new images
         is_image = model_inputs["token_type_ids"]
-        has_images = pixel_values is not None and is_image.shape[1] > 1 and bool(is_image.any())
+        has_images = pixel_values is not None and self._may_hold_images(is_image.shape[1]) and bool(is_image.any())
         model_inputs["pixel_values"] = pixel_values if has_images else None
         return model_inputs
 
@@ -828,7 +847,7 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
         # the embeddings are named `input_embeds` on 4.x and `inputs_embeds` on 5.x
         inputs_embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
         is_image, cache_position = token_type_ids.bool(), kwargs.get("cache_position")
-        if is_image.shape[1] > 1:
+        if self._may_hold_images(is_image.shape[1]):
             self._refuse_prompt(is_image, kwargs.get("position_ids"), past_key_values, cache_position)
         return self._update_causal_mask(
             attention_mask, is_image, inputs_embeds, past_key_values, cache_position=cache_position

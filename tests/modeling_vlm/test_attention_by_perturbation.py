@@ -11,7 +11,8 @@ from tiny import FIRST_WORD, image_numbers, layout_batch, random_batch, row_alon
 from prefixvlm import PrefixVLMForConditionalGeneration
 from prefixvlm.configuration.configuration_prefix_vlm import ATTENTION_MODES
 
-LAYOUT = "wwIwwIw"  # text before, between and after two images
+# three images between texts, text first and image first; two side by side
+LAYOUTS = ["wIwwIwIww", "IwIwwIw", "wIIwI"]
 all_modes = pytest.mark.parametrize("mode", ATTENTION_MODES)
 all_implementations = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
@@ -48,25 +49,28 @@ def with_image_changed(batch: dict, image: int) -> dict:
 
 @all_modes
 @all_implementations
-def test_exactly_the_allowed_positions_feel_a_change(mode, attention):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_exactly_the_allowed_positions_feel_a_change(mode, attention, layout, side):
     model = tiny_model(mode, attn_implementation=attention)
     assert model.language_model.config._attn_implementation == attention
-    images = image_numbers(LAYOUT, model.config.num_image_tokens)
+    batch = layout_batch(model, [layout, "wIwIwIwIww"], seed=1, padding_side=side)
+    own = batch["attention_mask"][0].nonzero().flatten().tolist()  # where the first row's tokens stand
+    images = image_numbers(layout, model.config.num_image_tokens)
     one_layer = rule_mask(mode, images)
     # over two layers a change travels through a third position: a later image may pass on the words it sees
     reach = [one_layer, (one_layer.float() @ one_layer.float()) > 0]
-    batch = layout_batch(model, [LAYOUT, LAYOUT], seed=1)
     before = states(model, batch)
 
-    changes = [([place], with_word_changed(batch, 0, place)) for place, image in enumerate(images) if image == 0]
-    for image in (1, 2):
+    changes = [([place], with_word_changed(batch, 0, own[place])) for place, image in enumerate(images) if image == 0]
+    for image in range(1, layout.count("I") + 1):
         changes.append(([k for k, of in enumerate(images) if of == image], with_image_changed(batch, image - 1)))
     for places, changed in changes:
         for seen, old, new in zip(reach, before, states(model, changed), strict=True):
             moved = (new - old).abs().amax(-1)
-            expected = seen[:, places].any(-1)
-            assert moved[0, ~expected].eq(0).all(), f"{places} leaked to {(moved[0].ne(0) & ~expected).nonzero().tolist()}"
-            assert moved[0, expected].gt(1e-6).all(), f"{places} did not reach {(moved[0].eq(0) & expected).nonzero()}"
+            in_row, expected = moved[0, own], seen[:, places].any(-1)
+            assert in_row[~expected].eq(0).all(), f"{places} leaked to {(in_row.ne(0) & ~expected).nonzero().tolist()}"
+            assert in_row[expected].gt(1e-6).all(), f"{places} did not reach {(in_row.eq(0) & expected).nonzero()}"
             assert moved[1].eq(0).all()  # the other row
 
 

@@ -8,6 +8,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from prefixvlm import PrefixVLMForConditionalGeneration
 
 ROWS = ["Iwwwwww", "Iww", "wIwww"]
+INTERLEAVED = ["wIwwIwIww", "IIwIw", "wwww"]  # three images between texts, text first and image first, and none
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,10 @@ def with_level(weights: dict) -> dict:
     return {name if name.startswith("vision_model.") else f"vision_model.{name}": value for name, value in weights.items()}
 
 
-def test_logits_and_loss_equal_llavas(pair):
+@pytest.mark.parametrize("rows", [ROWS, INTERLEAVED])
+def test_logits_and_loss_equal_llavas(pair, rows):
     model, llava = pair
-    batch = layout_batch(model, ROWS, seed=1, padding_side="right")
+    batch = layout_batch(model, rows, seed=1, padding_side="right")
     labels = batch["input_ids"].where((batch["input_ids"] >= FIRST_WORD) & batch["attention_mask"].bool(), -100)
     with torch.no_grad():
         ours, theirs = model(**batch, labels=labels), llava(**batch, labels=labels)
@@ -63,14 +65,40 @@ def test_logits_and_loss_equal_llavas(pair):
     assert abs(ours.loss - theirs.loss) <= 1e-5
 
 
-def test_greedy_answers_equal_llavas(pair):
+def test_gradients_equal_llavas(pair):
     model, llava = pair
-    batch = layout_batch(model, ROWS, seed=2, padding_side="left")
+    batch = layout_batch(model, INTERLEAVED, seed=1, padding_side="right")
+    labels = batch["input_ids"].where((batch["input_ids"] >= FIRST_WORD) & batch["attention_mask"].bool(), -100)
+    for one in pair:
+        one.zero_grad()
+        one(**batch, labels=labels, use_cache=False).loss.backward()
+    counterparts = {
+        model.vision_tower: with_level(gradients(llava.model.vision_tower)),
+        model.projector: gradients(llava.model.multi_modal_projector),
+        model.language_model.model: gradients(llava.model.language_model),
+        model.language_model.lm_head: gradients(llava.lm_head),
+    }
+    for ours, theirs in counterparts.items():
+        found = gradients(ours)
+        assert found.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert max(gradient.abs().max() for gradient in found.values()) > 1e-3
+
+
+def gradients(module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("rows", [ROWS, INTERLEAVED])
+def test_greedy_answers_equal_llavas(pair, rows):
+    model, llava = pair
+    batch = layout_batch(model, rows, seed=2, padding_side="left")
     settings = {"max_new_tokens": 12, "do_sample": False}
     ours, theirs = model.generate(**batch, **settings), llava.generate(**batch, **settings)
     assert torch.equal(ours, theirs)
     answers = ours[:, batch["input_ids"].shape[1] :]
-    assert len({tuple(answer) for answer in answers.tolist()}) == len(ROWS)  # rows that answered alike would prove little
+    assert len({tuple(answer) for answer in answers.tolist()}) == len(rows)  # rows that answered alike would prove little
 
 
 def test_prefix_mode_is_not_llava(pair):

@@ -21,8 +21,10 @@ IMAGE_KEYS += ("img_file", "file_name", "filename", "image_name", "img_name", "F
 IMAGE_KEYS += ("image_url",)
 ID_KEYS = ("image_id", "imageId")
 FRAME_KEYS = ("video", "videos")
-SOUND_KEYS = ("audio", "audios")
+RANKS = {name: rank for rank, name in enumerate((*IMAGE_KEYS, *FRAME_KEYS, *ID_KEYS))}
+SOUND_KEYS = {"audio", "audios"}
 TURN_IMAGE_KEYS = ("image", "images")
+PLAIN_TURN = {"from", "value", "role", "content"}
 ALSO_READ = ("system", "history", "input", "hint", "completion", "text_list", "image_info", "filepath", "split")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -148,7 +150,10 @@ class Form:
         """The key of a row's images: one that holds them before one that names them, an empty one if there is no other."""
         if "image" in self.named:
             return self.named["image"]
-        present = [name for name in (*IMAGE_KEYS, *FRAME_KEYS, *ID_KEYS) if row.get(name) is not None]
+        known = RANKS.keys() & row.keys()
+        present = [name for name in sorted(known, key=RANKS.__getitem__) if row[name] is not None]
+        if len(present) < 2:
+            return present[0] if present else None
         filled = [name for name in present if not _is_missing(row[name])]
         held = (
             name
@@ -165,8 +170,8 @@ class Form:
         """
         key = self.image_key(row)
         value = None if key is None else row.get(key)
-        for sound in SOUND_KEYS:
-            if not _is_missing(row.get(sound)):
+        for sound in SOUND_KEYS & row.keys():
+            if not _is_missing(row[sound]):
                 raise ValueError(f"`{sound}` names a sound, which cannot be trained on; leave out such rows")
         if key is None and not self.allow_text_only and (other := _unread_image(row)):
             raise ValueError(f"`{other}` looks like an image; name it as the key of `image`, or set allow_text_only")
@@ -217,13 +222,11 @@ class ChatForm(Form):
     def is_of(row):
         return isinstance(_unpacked(row.get("conversations")), list)
 
-    def said(self, row):
-        return [[_said(role, _words(content), turn) for role, content, turn in self._turns(row)]]
-
     def samples(self, row):
         turns = self._turns(row)
         if not any(isinstance(content, list) and any(map(_is_image, content)) for _, content, _ in turns):
-            return super().samples(row)
+            said = [Said(role, _words(content), _is_supervised(turn)) for role, content, turn in turns]
+            return [self._placed([*_before(row), *said], self.images(row))]
         has_sources = any(
             _source(part) is not None
             for _, content, _ in turns
@@ -280,6 +283,8 @@ class ChatForm(Form):
 
     def _with_own_images(self, turn: dict, content):
         """What a turn says, with the images that it has beside its text."""
+        if turn.keys() <= PLAIN_TURN:
+            return content
         key = next((key for key in TURN_IMAGE_KEYS if not _is_missing(turn.get(key))), None)
         if key is None:
             if other := _unread_image({name: value for name, value in turn.items() if name not in ("content", "value")}):
@@ -572,12 +577,10 @@ def _before(row: dict) -> list[Said]:
     return said
 
 
-def _said(role: str, text: str, turn: dict) -> Said:
-    return Said(role, text, _is_supervised(turn))
-
-
 def _is_supervised(turn: dict) -> bool:
     """Whether a turn is learnt: not with `loss: false` or `weight: 0`."""
+    if turn.keys() <= PLAIN_TURN:
+        return True
     for key in ("loss", "weight"):
         if turn.get(key) not in (None, 0, 1):
             raise ValueError(f"the `{key}` of a turn is {turn[key]!r}; it can be 0 or 1")

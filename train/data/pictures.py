@@ -10,7 +10,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 # of images that a data set knows by a number or an id, in COCO's years, TextVQA, GQA and others
-NAMES_BY_ID = ("COCO_train2014_{:0>12}.jpg", "COCO_val2014_{:0>12}.jpg", "COCO_test2015_{:0>12}.jpg", "{:0>12}.jpg")
+NAMES_BY_ID: tuple[str, ...] = (
+    "COCO_train2014_{:0>12}.jpg",
+    "COCO_val2014_{:0>12}.jpg",
+    "COCO_test2015_{:0>12}.jpg",
+    "{:0>12}.jpg",
+)
 NAMES_BY_ID += ("{}.jpg", "{}.png", "{}.jpeg", "{}")
 SHORTEST_BASE64 = 100  # characters; no file name is so long without a dot
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")

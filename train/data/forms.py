@@ -16,7 +16,19 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 ROLES |= {"chatgpt": "assistant", "bot": "assistant", "system": "system"}
 IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
 # of a row's picture, where no key is named; the first that is there
-IMAGE_KEYS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "image_path", "img_path", "image_file")
+IMAGE_KEYS: tuple[str, ...] = (
+    "image",
+    "images",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "image_bytes",
+    "image_path",
+    "img_path",
+    "image_file",
+)
 IMAGE_KEYS += ("img_file", "file_name", "filename", "image_name", "img_name", "Figure_path", "filepath", "path")
 IMAGE_KEYS += ("image_url",)
 ID_KEYS = ("image_id", "imageId")

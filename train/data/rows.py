@@ -172,7 +172,7 @@ class LineStream(RowStream):
 class ListStream(RowStream):
     """The rows of .json files. Where they begin is known only once the whole file has been read."""
 
-    def __init__(self, rows: JsonRows, name: str, split: str | None):
+    def __init__(self, rows: JsonRows | HeldRows, name: str, split: str | None):
         super().__init__(name, split)
         self.rows = rows
 

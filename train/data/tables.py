@@ -177,7 +177,7 @@ def _by_image(path: str, images: list[dict], entries: list[dict]) -> HeldRows:
         file = image.get("file_name") or image.get("coco_url")
         rows.append({"image_id": identifier, "file_name": file, CAPTION_OF: texts.pop(identifier, [])})
         known.append(f"{path}, image {identifier}")
-    lost = [f"its image_id {identifier} is none of the file's images" for identifier in texts]
+    lost: list[dict | str] = [f"its image_id {identifier} is none of the file's images" for identifier in texts]
     return HeldRows(rows + lost, known + [names[identifier] for identifier in texts])
 
 

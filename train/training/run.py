@@ -26,7 +26,7 @@ from prefixvlm.train.data.collator import ConversationCollator
 from prefixvlm.train.data.feature_cache import FeatureCache
 from prefixvlm.train.data.noise import add_mask_token
 from prefixvlm.train.data.order import OrderedSamples, StreamedSamples
-from prefixvlm.train.data.screening import Report, Screened, Screening, encode_one, longest_sample
+from prefixvlm.train.data.screening import Report, Screening, encode_one, longest_sample
 from prefixvlm.train.data.sources import described, is_stream, without_token
 from prefixvlm.train.evaluation import figures
 from prefixvlm.train.evaluation.tasks import spread
@@ -335,7 +335,9 @@ class _StageRun:
         """The samples in their order, after a check of each; notes in the record how many there are."""
         settings = self.recipe_of_stage
         seed = self.recipe.seed * 10 + self.stage.number
+        self.record["data"] = described(self.samples)
         if is_stream(self.samples):
+            self._announce(f"a stream of {self.record['data']}")
             report.path.unlink(missing_ok=True)
             encode = partial(encode_one, collator, settings.max_length)  # no local function, so that it can be pickled
             rank, count = processes().process_index, processes().num_processes
@@ -344,11 +346,13 @@ class _StageRun:
         counts = {"read": len(self.samples), "used": len(screened.indices), "skipped": len(screened.skipped)}
         self.record["samples"] = counts
         self.record["images"] = sum(screened.images)
-        self.record["data"] = described(self.samples)
         if screened.lengths:
             self.record["tokens"] = {"all": sum(screened.lengths), "supervised": sum(screened.supervised)}
         report.read = counts["read"]
-        self._announce(screened)
+        skipped = f" ({counts['skipped']:,} cannot be used, see {report.path.name})" if screened.skipped else ""
+        tokens = f", {sum(screened.lengths):,} tokens" if screened.lengths else ""
+        images = f"{self.record['images']:,} images{tokens}"
+        self._announce(f"{counts['used']:,} samples of {self.record['data']}{skipped}, {images}")
         report.start(screened.skipped)
         if not screened.indices:
             raise ValueError(f"Stage {self.stage.number} has no sample to train on.")
@@ -388,15 +392,9 @@ class _StageRun:
         if settings is not None and settings.keep_best and step:
             _say(f"Stage {self.stage.number} ends with step {step:,}, whose held-out loss of {loss:.4f} is the smallest.")
 
-    def _announce(self, screened: Screened) -> None:
-        skipped = f" ({len(screened.skipped):,} cannot be used, see skipped.jsonl)" if screened.skipped else ""
-        tokens = f", {sum(screened.lengths):,} tokens" if screened.lengths else ""
+    def _announce(self, data: str) -> None:
         rates = ", ".join(f"{module} {rate:g}" for module, rate in self.stage.learning_rates.items())
-        _say(
-            f"Stage {self.stage.number}: {len(screened.indices):,} samples of {self.record['data']}{skipped}, "
-            f"{self.record['images']:,} images{tokens}, "
-            f"{self.stage.attention_mode} attention, learning rates {rates}"
-        )
+        _say(f"Stage {self.stage.number}: {data}, {self.stage.attention_mode} attention, learning rates {rates}")
 
 
 def _say(text: str) -> None:

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from small_recipe import SMALL
+from tiny import tiny_tokenizer
 
 from prefixvlm.inference.loading import load
 from prefixvlm.train.data import easy_vqa
@@ -173,3 +175,26 @@ def test_several_gpus_need_a_process_each(recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ValueError, match=r"This machine has 3 GPUs; start one process for each"):
         run.training_arguments(recipe.stages[0], recipe, "out")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stage_says_what_its_data_were_found_to_be(tmp_path, capsys, streaming):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    talk = [{"role": "user", "content": "<image>and<image>"}, {"role": "assistant", "content": "both"}]
+    rows = [{"images": ["a.png", "a.png"], "messages": talk}] * 3 + [{"images": ["a.png"], "messages": talk}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "rows.jsonl"), "streaming": streaming}
+    values = {**SMALL, "output": str(tmp_path / "out"), "max_skipped": 0.5}
+    values["stages"] = {0: SMALL["stages"][0], 3: {**SMALL["stages"][3], "data": data}}
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    values["model"] = {**SMALL["model"], "tokenizer": str(tmp_path / "tokenizer")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    run.run_recipe(load_recipe(str(tmp_path / "recipe.yaml")), [0, 3])
+    record = json.loads((tmp_path / "out" / "stage-3" / "run.json").read_text())
+    said = capsys.readouterr().out
+    if streaming:
+        assert record["data"] == "messages"
+        assert "Stage 3: a stream of messages, prefix attention" in said
+    else:
+        assert (record["data"], record["images"]) == ("messages (messages, images)", 6)
+        assert "Stage 3: 3 samples of messages (messages, images) (1 cannot be used, see skipped.jsonl), 6 images" in said

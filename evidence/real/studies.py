@@ -26,6 +26,7 @@ from prefixvlm.train.evaluation.predictions import METRICS
 from prefixvlm.train.evaluation.tasks import spread
 from prefixvlm.train.evaluation.text_loss import compare
 from prefixvlm.train.recipes.schema import load_recipe
+from prefixvlm.train.recipes.stages import PAPER_STAGES
 from prefixvlm.train.training.run import stage_folder
 
 SEEDS, HOURS = 3, 8.0
@@ -36,17 +37,16 @@ COCO_ROWS = 300
 
 
 def _one_stage(recipe: dict) -> None:
-    """Everything trains from the start, on what the four stages see, in the same shares."""
+    """Everything trains from the start as in stage 2, on what the four stages see, in the same shares."""
     stages = recipe["stages"]
     *alignment, last = sorted(stages)
     samples = {number: stages[number]["max_steps"] * stages[number]["batch_size"] for number in stages}
     captions = stages[last - 1]["data"] | {"weight": sum(samples[number] for number in alignment)}
     talks = stages[last]["data"]["parts"]
     parts = [captions, *(part | {"weight": samples[last] / len(talks)} for part in talks)]
-    as_before = ("vision_tower_lr", "language_model_lr", "batch_size", "device_batch_size")
-    kept = {key: stages[last - 1][key] for key in as_before}
-    data = {"source": "mixture", "parts": parts}
-    recipe["stages"] = {last: stages[last] | kept | {"data": data, "max_steps": ONE_STAGE}}
+    changes = {"data": {"source": "mixture", "parts": parts}, "max_steps": ONE_STAGE}
+    changes["projector_lr"] = PAPER_STAGES[last - 1].projector_lr  # which the recipe leaves to the stage's number
+    recipe["stages"] = {last: stages[last - 1] | changes}
 
 
 def _without_stage_0(recipe: dict) -> None:

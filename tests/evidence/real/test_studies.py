@@ -71,7 +71,9 @@ def test_the_single_stage_sees_the_data_of_all_in_their_shares():
     paper = arm("prefix").stages
     seen = {number: one.max_steps * one.stage.batch_size for number, one in paper.items()}
     assert weights == [seen[0] + seen[1] + seen[2], *[seen[3] / 2] * 2]
-    assert stage.stage.trains == paper[2].stage.trains
+    assert stage.stage.learning_rates == paper[2].stage.learning_rates
+    batches = ("group_by_length", "max_tokens_per_row", "device_batch_size")
+    assert [getattr(stage, name) for name in batches] == [getattr(paper[2], name) for name in batches]
     assert stage.data["parts"][0]["path"] == str(workspace.GIVEN / workspace.CAPTIONS)
 
 

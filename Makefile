@@ -57,12 +57,15 @@ bench: $(VENV)/installed
 evidence: $(VENV)/installed
 	$(VENV)/bin/python -m evidence $(if $(DATA),--data $(DATA))
 
+# glibc else gives memory back to the system and asks for it again in every step, a tenth of the time on two cores
+KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
+
 real: real-halves
-	$(VENV)/bin/python -m evidence.real --data $(REAL_DATA) $(REAL_ARGS)
+	$(KEEP_MEMORY) $(VENV)/bin/python -m evidence.real --data $(REAL_DATA) $(REAL_ARGS)
 
 # the studies of docs/EVIDENCE.md on the same halves
 evidence-real: real-halves
-	$(VENV)/bin/python -m evidence.real.studies --data $(REAL_DATA) $(REAL_ARGS)
+	$(KEEP_MEMORY) $(VENV)/bin/python -m evidence.real.studies --data $(REAL_DATA) $(REAL_ARGS)
 
 # checked every time; a half that is there is not converted again
 real-halves: real-data $(VENV)/installed build/real/packages/installed

@@ -30,8 +30,8 @@ from prefixvlm.train.recipes.stages import PAPER_STAGES
 from prefixvlm.train.training.run import stage_folder
 
 SEEDS, HOURS = 3, 8.0
-STEPS = {0: 80, 1: 80, 2: 480, 3: 20}
-ONE_STAGE = 510  # steps of a single stage that come to the same floating-point operations
+STEPS = {0: 20, 1: 60, 2: 120, 3: 20}
+ONE_STAGE = 147  # steps of a single stage that come to the same floating-point operations
 TEXTS = "human_vs_machine_text"
 COCO_ROWS = 300
 

@@ -775,6 +775,9 @@ class PrefixVLMForConditionalGeneration(PrefixVLMModel, GenerationMixin):
             if document_ids is not None:  # the last token of a document does not predict the first of the next
                 is_last = nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (0, 1))
                 shift_labels = shift_labels.masked_fill(is_last.to(shift_labels.device), IGNORE_INDEX)
+            if attention_mask is not None and attention_mask.ndim == 2:  # nor does padding predict the first after it
+                is_padding = attention_mask[:, -labels.shape[1] :] == 0
+                shift_labels = shift_labels.masked_fill(is_padding.to(shift_labels.device), IGNORE_INDEX)
         if shift_labels is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             # with labels every position is needed

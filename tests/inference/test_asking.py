@@ -3,8 +3,7 @@
 import threading
 
 import pytest
-import torch
-from PIL import Image
+from asked import PROCESSOR, by_hand, picture
 from tiny import tiny_model, tiny_processor
 
 from prefixvlm.inference.asking import (
@@ -18,23 +17,6 @@ from prefixvlm.inference.asking import (
 
 QUESTIONS = ["red?", "what shape is it, and where?", ""]
 NEW_TOKENS = 6
-PROCESSOR = tiny_processor()
-
-
-def picture(number: int) -> Image.Image:
-    return Image.new("RGB", (20, 20), (50 * number, 30, 200))
-
-
-def by_hand(model, inputs) -> str:
-    """The text after one prompt, token by token, without `generate`, a cache or padding."""
-    ids, end = inputs["input_ids"], model.config.text_config.eos_token_id
-    for _ in range(NEW_TOKENS):
-        with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False).logits[:, -1]
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-        if ids[0, -1] == end:
-            break
-    return PROCESSOR.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("mode", ["prefix", "bidirectional"])

@@ -90,10 +90,11 @@ def test_prefix_and_prefix_all_images_differ_only_with_a_second_image():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(mode, attention, side):
     model = tiny_model(mode, attn_implementation=attention)
-    batch = layout_batch(model, ["wIwIwww", "Iww", "ww"], seed=3, padding_side=side)
+    rows = ["wIwIwww", "Iww", "ww", "wIwIIwI"]
+    batch = layout_batch(model, rows, seed=3, padding_side=side)
     padded = logits(model, batch)
     assert torch.isfinite(padded).all()
-    for row in range(3):
+    for row in range(len(rows)):
         alone = logits(model, row_alone(batch, row, model))[0]
         assert_close(padded[row, batch["attention_mask"][row].bool()], alone)
     # nothing at a padded position reaches a real one
@@ -141,7 +142,7 @@ def test_eager_equals_sdpa_in_outputs_and_gradients(mode):
 @all_implementations
 def test_packed_documents_are_as_if_alone(mode, attention):
     model = tiny_model(mode, attn_implementation=attention)
-    batch = layout_batch(model, ["Iwww", "wIwIw", "www", "Iw"], seed=6)
+    batch = layout_batch(model, ["Iwww", "wIwIwwI", "www", "Iw"], seed=6)
     documents = [row_alone(batch, row, model) for row in range(4)]
     lengths = [document["input_ids"].shape[1] for document in documents]
     padding = 3

@@ -216,7 +216,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
 
     command = add("train", train, "train the stages of a recipe")
-    command.add_argument("recipe", metavar="RECIPE", help="paper, captions, pathvqa, pathvqa_lora, quickstart, or a file")
+    names = "paper, captions, interleaved, pathvqa, pathvqa_lora, quickstart"
+    command.add_argument("recipe", metavar="RECIPE", help=f"{names}, or a file")
     command.add_argument("--stages", metavar="0,1,2,3", help="train only these stages")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     command.add_argument("--overwrite", action="store_true", help="replace what an earlier run left of these stages")

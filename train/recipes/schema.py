@@ -40,7 +40,7 @@ from prefixvlm.train.recipes.checking import (
 from prefixvlm.train.recipes.evaluation import EvaluationRecipe, FinalEvaluation, ValidationRecipe
 from prefixvlm.train.recipes.stages import PAPER_STAGES, Module, Stage
 
-RECIPE_NAMES = ("paper", "captions", "pathvqa", "pathvqa_lora", "quickstart")
+RECIPE_NAMES = ("paper", "captions", "interleaved", "pathvqa", "pathvqa_lora", "quickstart")
 STAGE_KEYS = frozenset(field.name for field in dataclasses.fields(Stage)) - {"number"}
 # the other fields of `PrefixVLMConfig` come from the backbones and the tokenizer
 CONFIG_KEYS = inspect.signature(PrefixVLMConfig).parameters.keys() - {

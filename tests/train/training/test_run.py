@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from small_recipe import SMALL
-from tiny import tiny_tokenizer
+from tiny import save_tiny, tiny_tokenizer
 
 from prefixvlm.inference.loading import load
 from prefixvlm.train.data import easy_vqa
@@ -198,3 +198,29 @@ def test_a_stage_says_what_its_data_were_found_to_be(tmp_path, capsys, streaming
     else:
         assert (record["data"], record["images"]) == ("messages (messages, images)", 6)
         assert "Stage 3: 3 samples of messages (messages, images) (1 cannot be used, see skipped.jsonl), 6 images" in said
+
+
+@pytest.mark.parametrize("mode", ["prefix", "prefix_all_images"])
+def test_the_interleaved_recipe_trains_on_documents_and_then_on_talks(tmp_path, mode):
+    (tmp_path / "images").mkdir()
+    save_tiny(tmp_path / "start")
+    for name in "ab":
+        Image.new("RGB", (16, 16), "red" if name == "a" else "blue").save(tmp_path / "images" / f"{name}.png")
+    images = [{"image_name": "b.png", "matched_text_index": 1}, {"raw_url": "https://x.org/a.png", "matched_text_index": 0}]
+    docs = [{"text_list": ["First.", f"Number {number}."], "image_info": images} for number in range(4)]
+    turns = [("user", "<image>\nWhat?"), ("assistant", "Red."), ("user", "And <image>?"), ("assistant", "Blue.")]
+    talk = [{"role": role, "content": text} for role, text in turns]
+    talks = [{"images": ["a.png", "b.png"], "conversations": talk, "id": number} for number in range(4)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in docs))
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    changes = {"output": tmp_path / "out", "model.start": tmp_path / "start", "bf16": False, "workers": 0}
+    for stage, name in ((2, "docs.jsonl"), (3, "talks.json")):
+        where = {"data.path": tmp_path / name, "data.images": tmp_path / "images", "attention_mode": mode}
+        changes |= {f"stages.{stage}.{key}": value for key, value in where.items()}
+        changes |= {f"stages.{stage}.{size}": 2 for size in ("batch_size", "device_batch_size", "max_steps")}
+        changes |= {f"stages.{stage}.{size}": 128 for size in ("max_length", "max_tokens_per_row")}
+    run.run_recipe(load_recipe("interleaved", [f"{key}={value}" for key, value in changes.items()]))
+    for stage, data in ((2, "interleaved (text_list, image_info)"), (3, "llava (conversations, images)")):
+        record = json.loads((tmp_path / "out" / f"stage-{stage}" / "run.json").read_text())
+        assert (record["data"], record["images"], record["steps"]) == (data, 8, 2)
+        assert json.loads((tmp_path / "out" / f"stage-{stage}" / "config.json").read_text())["attention_mode"] == mode

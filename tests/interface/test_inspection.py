@@ -111,6 +111,13 @@ def test_captions_are_learnt_whole(data, capsys):
     assert [sample["supervised"] for sample in found["samples"]] == [["One.<|endoftext|>"], ["Two.<|endoftext|>"]]
 
 
+def test_nothing_predicts_the_first_token_of_a_text_alone(data, capsys):
+    data.write_text(json.dumps([{"captions": ["One."]}]))
+    (sample,) = inspected(capsys, data, "--key", "allow_text_only=true")["samples"]
+    assert sample["text"] == "One.<|endoftext|>"
+    assert sample["supervised"] == ["ne.<|endoftext|>"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -391,6 +391,13 @@ REFUSED = {
         {"messages": [{"role": "user", "content": [image_part()]}, {"role": "assistant", "content": "x"}]},
         "1 places for images, but the row has no image",
     ),
+    "places with one number": (
+        {
+            "images": ["a.png", "b.png"],
+            "messages": [{"role": "user", "content": [image_part(index=0)] * 2}, {"role": "assistant", "content": "x"}],
+        },
+        "2 places for images, but the row has 2",
+    ),
     "a question without an image": ({"question": "Where?", "answer": "left"}, "there is no image"),
     "a caption without an image": ({"caption": "One."}, "there is no image"),
     "an image under a name that nobody knows": (

@@ -267,8 +267,9 @@ class ChatForm(Form):
         places = [part.get("index") for part in parts if _source(part) is None]
         numbers = list(range(len(places))) if all(place is None for place in places) else places
         if set(numbers) != set(range(len(images))):
+            numbered = f", numbered {numbers}" if numbers is places else ""
             raise ValueError(
-                f"the turns have {len(places)} places for images, but the row has {len(images) or 'no'} image(s)"
+                f"the turns have {len(places)} places for images{numbered}, but the row has {len(images) or 'no'} image(s)"
             )
         return iter([images[number] for number in numbers])
 

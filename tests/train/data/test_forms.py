@@ -396,7 +396,7 @@ REFUSED = {
             "images": ["a.png", "b.png"],
             "messages": [{"role": "user", "content": [image_part(index=0)] * 2}, {"role": "assistant", "content": "x"}],
         },
-        "2 places for images, but the row has 2",
+        "2 places for images, numbered [0, 0], but the row has 2 image(s)",
     ),
     "a question without an image": ({"question": "Where?", "answer": "left"}, "there is no image"),
     "a caption without an image": ({"caption": "One."}, "there is no image"),

@@ -37,7 +37,7 @@ RANKS = {name: rank for rank, name in enumerate((*IMAGE_KEYS, *FRAME_KEYS, *ID_K
 SOUND_KEYS = {"audio", "audios"}
 TURN_IMAGE_KEYS = ("image", "images")
 PLAIN_TURN = {"from", "value", "role", "content"}
-ALSO_READ = ("system", "history", "input", "hint", "completion", "text_list", "image_info", "filepath", "split")
+ALSO_READ = ("system", "history", "input", "hint", "completion", "text_list", "image_info", "texts", "filepath", "split")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LONGEST_NAME = 1000  # characters of what may be the name of a file
@@ -279,14 +279,16 @@ class ChatForm(Form):
             raise ValueError("tools and preferences cannot be trained on; leave out such rows")
         key = self.key(row, "turns")
         turns = _unpacked(self.value(row, "turns"))
-        if key == "prompt":
-            turns = [*turns, *_unpacked(row.get("completion") or [])]
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        rest = _unpacked(row.get("completion") or []) if key == "prompt" else []
+        if not isinstance(turns, list) or not isinstance(rest, list):
+            raise ValueError(f"`{key}` must be a list of turns, {{role, content}} or {{from, value}}")
+        turns = [*turns, *rest]
+        if not turns or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError(f"`{key}` must be a list of turns, {{role, content}} or {{from, value}}")
         found = []
         for turn in turns:
             role = turn.get("role") or turn.get("from")
-            if role not in ROLES:
+            if not isinstance(role, str) or role not in ROLES:
                 raise ValueError(f"a turn is by {role!r}; the roles are system, user (human) and assistant (gpt)")
             content = turn.get("content") if turn.get("content") is not None else turn.get("value")
             if turn.get("tool_calls"):
@@ -321,7 +323,7 @@ class ChatForm(Form):
         if not _is_image(part):
             if not isinstance(part, dict) or part.get("type", "text") not in ("text", "input_text") or "text" not in part:
                 raise ValueError(f"a part of a turn is {_shown(part)}; only texts and images can be read")
-            return part["text"] or ""
+            return "" if part["text"] is None else _words(part["text"])
         source = _source(part)
         if source is None:
             return Picture(next(left))
@@ -361,17 +363,28 @@ class InterleavedForm(Form):
 
     def _mmc4(self, row):
         before: dict[int, list] = {}
-        for image in row["image_info"]:
+        texts, images = self._lists(row, "text_list", "image_info")
+        for image in images:
+            place = image.get("matched_text_index", 0) if isinstance(image, dict) else None
+            if not isinstance(place, int):
+                raise ValueError(f"`image_info` has {_shown(image)}; expected image_name and matched_text_index")
             name = next((image[key] for key in ("image_name", "raw_url") if image.get(key)), None)
-            before.setdefault(image.get("matched_text_index", 0), []).append(Picture(self.pictures(name)))
-        for number, text in enumerate(row["text_list"]):
+            before.setdefault(place, []).append(Picture(self.pictures(name)))
+        for number, text in enumerate(texts):
             yield from before.pop(number, [])
             yield _words(text)
         if before:
-            raise ValueError(f"an image belongs to text {min(before)}, but there are {len(row['text_list'])} texts")
+            raise ValueError(f"an image belongs to text {min(before)}, but there are {len(texts)} texts")
+
+    def _lists(self, row: dict, *keys: str) -> list[list]:
+        """What a row has under keys that must hold lists."""
+        for key in keys:
+            if not isinstance(row.get(key), list):
+                raise ValueError(f"`{key}` must be a list, not {_shown(row.get(key))}")
+        return [row[key] for key in keys]
 
     def _obelics(self, row):
-        for image, text in zip(row["images"], row["texts"], strict=True):
+        for image, text in zip(*self._lists(row, "images", "texts"), strict=True):
             if image is not None and text is not None:
                 raise ValueError("`images` and `texts` both have something at one place")
             if image is not None:

@@ -64,8 +64,10 @@ class PictureFinder:
         """The file of an image that a data set knows by an id.
 
         Raises:
-            ValueError: if the folder has none of the usual names.
+            ValueError: if it is neither a number nor a text, or the folder has none of the usual names.
         """
+        if not isinstance(identifier, str | int):
+            raise ValueError(f"the id of an image is {identifier!r}; it must be a number or a text")
         self._inside(str(identifier))
         names = [name.format(identifier) for name in NAMES_BY_ID]
         for folder in self._folders:

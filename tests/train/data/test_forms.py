@@ -13,6 +13,7 @@ from prefixvlm.processing.images_prefix_vlm import load_image
 from prefixvlm.train.data import sources
 from prefixvlm.train.data.conversation import Picture
 from prefixvlm.train.data.forms import FORMS
+from prefixvlm.train.data.pictures import PictureFinder
 
 A, B = ("picture", "a"), ("picture", "b")
 COLORS = {"a": (255, 0, 0), "b": (0, 0, 255)}
@@ -534,3 +535,38 @@ def test_a_file_that_cannot_be_read_says_so(folder, name, content, why):
     with pytest.raises(ValueError, match=why) as caught:
         sources.load("auto", path=str(folder / name))
     assert name in str(caught.value)
+
+
+ODD = [None, 0, 1.5, True, "", "<image>", "[1", "data:", "http://[", [], {}, [None], [[]], [{}], [1], {"bytes": None}]
+ODD += [[{"type": "image"}], [{"type": "text"}], [{"role": []}], [{"role": "user"}]]
+CAPTIONED = {"filename": "a.png", "sentences": [{"raw": "One."}]}
+DOCUMENTS = [{"images": ["a.png"], "texts": [{"user": "What?", "assistant": "x"}]}, MMC4, OBELICS, CAPTIONED]
+ALL_ROWS = [*CHATS.values(), *(row for row, _ in VQA.values()), *DOCUMENTS]
+
+
+def with_odd_values(value):
+    """A value with each of `ODD` in place of each of its parts, and without each of its keys."""
+    yield from ODD
+    if isinstance(value, dict):
+        for key in value:
+            yield {name: inner for name, inner in value.items() if name != key}
+            yield from ({**value, key: odd} for odd in with_odd_values(value[key]))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from ([*value[:place], odd, *value[place + 1 :]] for odd in with_odd_values(inner))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_whatever_a_row_has_it_is_a_sample_or_a_sentence(tmp_path, name):
+    form = FORMS[name](PictureFinder(tmp_path))
+    reasons = []
+    for row in ALL_ROWS:
+        for odd in filter(lambda value: isinstance(value, dict), with_odd_values(row)):
+            form.is_of(odd)
+            try:
+                for part in range(form.count(lambda odd=odd: odd)):
+                    form.sample(lambda odd=odd: odd, part, "row 1").messages()
+            except ValueError as error:
+                reasons.append(str(error))
+    assert len(reasons) > 100
+    assert all(reason.startswith("row 1") for reason in reasons)

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common, cost, decoding, first_token, imports, input_pipeline, questions, report, training_step
+from benchmarks import (
+    common,
+    cost,
+    decoding,
+    first_token,
+    images,
+    imports,
+    input_pipeline,
+    questions,
+    report,
+    training_step,
+)
 from benchmarks.common import Setup
 
 # the share of the time that each may take; what has none takes what it takes
@@ -19,6 +30,7 @@ SHARES = {
     "input_pipeline": (input_pipeline, None),
     "questions": (questions, 0.05),
     "cost": (cost, 0.1),
+    "images": (images, 0.07),
 }
 
 

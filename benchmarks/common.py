@@ -6,14 +6,18 @@ layers (`depth`), which each result says.
 
 import gc
 import json
+import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -115,6 +119,39 @@ def summary(seconds: list[float]) -> dict[str, float]:
         "max_s": round(max(seconds), 4),
         "rounds": len(seconds),
     }
+
+
+def grown(name: str, seconds: dict[int, list[float]], gflop, setup: Setup, depth: float, **values) -> dict:
+    """Prints how time grows with an amount, such as of images, and returns it; `gflop` are the operations of each."""
+    amounts = list(seconds)
+    medians = [statistics.median(seconds[amount]) for amount in amounts]
+    return emit(
+        name,
+        setup,
+        depth=round(depth, 3),
+        layers=layers(paper_config().text_config, depth),
+        amounts=amounts,
+        seconds=[summary(seconds[amount]) for amount in amounts],
+        gflop=None if gflop is None else [round(one, 1) for one in gflop],
+        exponent=round(exponent(amounts, medians), 2),
+        marginal=round(math.log(medians[-1] / medians[-2]) / math.log(amounts[-1] / amounts[-2]), 2),
+        exponent_of_flops=None if gflop is None else round(exponent(amounts, gflop), 2),
+        **values,
+    )
+
+
+def exponent(amounts, seconds) -> float:
+    """The slope of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(amounts), np.log(seconds), 1)[0])
+
+
+def in_process(module: str, *arguments) -> dict:
+    """What a benchmark prints last, as JSON, when it is run in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{finished.stderr[-3000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def gemm_rate(setup: Setup) -> float:

@@ -4,14 +4,11 @@ One pass through the model for the first three; for questions, `EncodedImages` f
 token. An exponent of 1 means twice the time for twice the amount; `marginal` is that between the two largest amounts.
 """
 
-import math
-
-import numpy as np
 import torch
 from PIL import Image
 
 from benchmarks import common
-from benchmarks.common import Setup, alternate, emit, summary
+from benchmarks.common import Setup, alternate, grown
 from benchmarks.questions import QUESTIONS
 from prefixvlm import EncodedImages
 
@@ -38,7 +35,8 @@ def run(setup: Setup) -> list[dict]:
         for name, values in amounts.items():
             calls = {amount: _pass(model, setup, *shape) for amount, shape in zip(values, shapes[name], strict=True)}
             gflop = [_flops(config, *shape) / 1e9 for shape in shapes[name]]
-            results.append(_grown(name, values, alternate(calls, setup.device, ROUNDS), gflop, setup, depth))
+            seconds = alternate(calls, setup.device, ROUNDS)
+            results.append(grown(f"cost by {name}", seconds, gflop, setup, depth))
         processor = common.processor_for(QUESTIONS, 600, model)
         picture = Image.effect_noise((224, 224), 64).convert("RGB")
         calls = {
@@ -46,29 +44,8 @@ def run(setup: Setup) -> list[dict]:
             for count in QUESTION_COUNTS
         }
         seconds = alternate(calls, setup.device, ROUNDS)
-        results.append(_grown("questions about one image", QUESTION_COUNTS, seconds, None, setup, depth))
+        results.append(grown("cost by questions about one image", seconds, None, setup, depth))
     return results
-
-
-def exponent(amounts, seconds) -> float:
-    """The slope of a straight line through the logarithms."""
-    return float(np.polyfit(np.log(amounts), np.log(seconds), 1)[0])
-
-
-def _grown(name: str, amounts, seconds: dict, gflop, setup: Setup, depth: float) -> dict:
-    medians = [float(np.median(seconds[amount])) for amount in amounts]
-    return emit(
-        f"cost by {name}",
-        setup,
-        depth=round(depth, 3),
-        layers=common.layers(common.paper_config().text_config, depth),
-        amounts=list(amounts),
-        seconds=[summary(seconds[amount]) for amount in amounts],
-        gflop=None if gflop is None else [round(one, 1) for one in gflop],
-        exponent=round(exponent(amounts, medians), 2),
-        marginal=round(math.log(medians[-1] / medians[-2]) / math.log(amounts[-1] / amounts[-2]), 2),
-        exponent_of_flops=None if gflop is None else round(exponent(amounts, gflop), 2),
-    )
 
 
 def _shape(name: str, amount: int) -> tuple[int, int, int]:

@@ -119,9 +119,11 @@ def _growth(result: dict) -> list[str]:
         [str(amount), f"{one['median_s']:.3f}", str(flops)]
         for amount, one, flops in zip(result["amounts"], result["seconds"], gflop, strict=True)
     ]
+    peaks = [[f"{gib:.2f}"] for gib in result.get("peak_gib", [])]
+    rows = [row + peak for row, peak in zip(rows, peaks, strict=True)] if peaks else rows
     counted = "" if result["exponent_of_flops"] is None else f"; of the operations {result['exponent_of_flops']:.2f}"
     fitted = f"exponent **{result['exponent']:.2f}**, {result['marginal']:.2f} between the last two{counted}"
-    heads = [result["measurement"].removeprefix("cost by "), "seconds", "GFLOP"]
+    heads = [result["measurement"].removeprefix("cost by "), "seconds", "GFLOP", *(["peak, GiB"] if peaks else [])]
     return [f"{_title(result)}, {fitted}:", "", markdown_table(heads, rows), ""]
 
 

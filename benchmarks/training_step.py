@@ -10,8 +10,6 @@ encoder's features are read from disk; stage 2 trains the encoder and cannot.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -79,11 +77,7 @@ def _logged(results: list[dict]) -> dict:
 
 def _process(setup: Setup, side: str, stage: int, depth: float, captions: Path) -> dict:
     dtype = str(setup.dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "benchmarks.training_step", side, str(stage), str(depth), str(setup.device), dtype]
-    finished = subprocess.run([*command, str(captions)], capture_output=True, text=True)
-    if finished.returncode:
-        raise RuntimeError(f"A training of {side} failed:\n{finished.stderr[-3000:]}")
-    return json.loads(finished.stdout.splitlines()[-1])
+    return common.in_process("benchmarks.training_step", side, stage, depth, setup.device, dtype, captions)
 
 
 def _flops_of_all(depth: float) -> float:

@@ -8,8 +8,7 @@ from tiny import FIRST_WORD, layout_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
-from benchmarks.common import Setup, alternate, forward_flops
-from benchmarks.cost import exponent
+from benchmarks.common import Setup, alternate, exponent, forward_flops
 from prefixvlm.train.recipes.stages import PAPER_STAGES
 from prefixvlm.train.training.cost import training_flops
 

@@ -19,6 +19,7 @@ RESULTS = [
         "exponent": 1.0,
         "marginal": 1.0,
         "exponent_of_flops": 1.0,
+        "peak_gib": [1.5, 2.0],
     },
 ]
 RESULTS = [{**one, "where": "2 cores, x86, float32", "versions": VERSIONS, "command": "python -m x"} for one in RESULTS]
@@ -48,4 +49,4 @@ def test_the_page_keeps_its_words_and_gets_new_figures(tmp_path, monkeypatch):
         assert text.count("`python -m x`") == 1
     assert "| decoding | **0.71** |" in text
     assert "| PrefixVLM | 2.000 (1.500 to 2.500, 5 times) | 8.0 tokens/s |" in text
-    assert "| 2 | 4.000 | 20.0 |" in text
+    assert "| 2 | 4.000 | 20.0 | 2.00 |" in text

@@ -5,6 +5,7 @@ A kind is a class with a line in `FORMS`: `is_of` knows its rows, `samples` read
 
 import ast
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ IMAGE_KEYS: tuple[str, ...] = (
 )
 IMAGE_KEYS += ("img_file", "file_name", "filename", "image_name", "img_name", "Figure_path", "filepath", "path")
 IMAGE_KEYS += ("image_url",)
+NUMBERED = re.compile(r"(?:image|img)_?(\d+)")  # MMMU's and NLVR2's images, each under a key of its own
 ID_KEYS = ("image_id", "imageId")
 FRAME_KEYS = ("video", "videos")
 RANKS = {name: rank for rank, name in enumerate((*IMAGE_KEYS, *FRAME_KEYS, *ID_KEYS))}
@@ -155,7 +157,7 @@ class Form:
     def read_keys(self, row: dict) -> dict[str, str]:
         """The row's own names of what is read of it, by option."""
         found = {option: self.key(row, option) for option in self.keys} | {"image": self.image_key(row)}
-        also = {name: name for name in ALSO_READ if not _is_missing(row.get(name))}
+        also = {name: name for name in (*ALSO_READ, *_numbered(row)) if not _is_missing(row.get(name))}
         return {option: key for option, key in found.items() if key is not None} | also
 
     def image_key(self, row: dict) -> str | None:
@@ -185,11 +187,15 @@ class Form:
         for sound in SOUND_KEYS & row.keys():
             if not _is_missing(row[sound]):
                 raise ValueError(f"`{sound}` names a sound, which cannot be trained on; leave out such rows")
-        if key is None and not self.allow_text_only and (other := _unread_image(row)):
+        others = [row[name] for name in _numbered(row) if name != key and not _is_missing(row[name])]
+        if key is None and not others and not self.allow_text_only and (other := _unread_image(row)):
             raise ValueError(f"`{other}` looks like an image; name it as the key of `image`, or set allow_text_only")
-        if key in FRAME_KEYS:
-            _refuse_video(key, value)
-        given = value if isinstance(value, list) else [] if value is None else [value]
+        for frames in FRAME_KEYS:
+            if not _is_missing(row.get(frames)):
+                _refuse_video(frames, row[frames])
+                if frames != key:
+                    raise ValueError(f"images are given both under `{key}` and under `{frames}`; give them once")
+        given = [*(value if isinstance(value, list) else [] if value is None else [value]), *others]
         if self.allow_text_only:
             given = [one for one in given if one != ""]
         elif any(one == "" for one in given):
@@ -640,6 +646,12 @@ def _source(part: dict):
     if source is None and part.get("base64") is not None:
         return "data:;base64," + part["base64"]
     return source["url"] if isinstance(source, dict) and "url" in source else source
+
+
+def _numbered(row: dict) -> list[str]:
+    """The keys of images that a row has one by one, by their numbers."""
+    found = [(int(match[1]), name) for name in row if (match := NUMBERED.fullmatch(str(name)))]
+    return [name for _, name in sorted(found)]
 
 
 def _unread_image(row: dict) -> str | None:

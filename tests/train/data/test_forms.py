@@ -370,6 +370,12 @@ def test_webdataset_reads_what_its_json_holds(folder):
     assert [turns_of(sample) for sample in samples] == [ANSWER]
 
 
+@pytest.mark.parametrize("names", [("image_1", "image_2"), ("image", "image2"), ("img0", "img1")])
+def test_images_under_numbered_keys(folder, names):
+    row = {names[1]: "b.png", names[0]: "a.png", "image_3": None, "question": "Where?", "answer": "left"}
+    assert read(folder, [row])[1] == [[("user", [A, B, "Where?"]), ("assistant", ["left"])]]
+
+
 def test_frames_of_a_video_are_images(folder):
     row = {"video": ["a.png", "b.png"], "conversations": said(("user", "<video>\nWhat?"), ("assistant", "A square."))}
     assert read(folder, [row])[1] == [[("user", [A, B, "What?"]), ("assistant", ["A square."])]]
@@ -419,6 +425,14 @@ REFUSED = {
         "neither bytes nor a path",
     ),
     "a video": ({"video": "v.mp4", "conversations": said(("user", "?"), ("assistant", "x"))}, "names a video"),
+    "a video beside an image": (
+        {"image": "a.png", "video": "v.mp4", "conversations": said(("user", "?"), ("assistant", "x"))},
+        "names a video",
+    ),
+    "frames beside an image": (
+        {"image": "a.png", "video": ["b.png"], "conversations": said(("user", "?"), ("assistant", "x"))},
+        "both under `image` and under `video`",
+    ),
     "a sound": ({"image": "a.png", "audio": "v.wav", "question": "Where?", "answer": "left"}, "names a sound"),
     "a tool": (
         {"image": "a.png", "tools": "[]x", "conversations": said(("user", "?"), ("assistant", "x"))},

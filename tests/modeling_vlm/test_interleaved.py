@@ -138,3 +138,25 @@ def test_a_later_turn_may_bring_images_to_some_rows(mode, cache):
         ).logits[0]
         real = found[row, turns[1]["attention_mask"][row].bool()]
         assert_equal(real, whole[-len(real) :])
+
+
+@cache_modes
+@pytest.mark.parametrize("layout", ["wIwIwww", "wwwwwww"])
+def test_chunked_prefill_gives_the_whole_answer_or_is_refused(mode, layout):
+    """transformers cuts a prompt anywhere; 5 refuses to cut one with images at all."""
+    model = MODELS[mode]
+    batch = layout_batch(model, [layout], seed=4)
+    if "I" not in layout:
+        del batch["pixel_values"]
+    settings = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = torch.stack(model.generate(**batch, **settings).logits)
+    refused, length = 0, batch["input_ids"].shape[1]
+    for size in range(2, length + 1):
+        try:
+            found = model.generate(**batch, **settings, prefill_chunk_size=size)
+        except ValueError:
+            refused += 1
+        else:
+            assert_equal(torch.stack(found.logits), expected, f"chunks of {size}")
+    assert refused < length - 1
+    assert bool(refused) == ("I" in layout)

@@ -262,15 +262,21 @@ def parser() -> argparse.ArgumentParser:
     command = add("evaluate", evaluate, "answer or caption a whole test set, and score it")
     command.argument_default = argparse.SUPPRESS  # defaults are EvaluationRun's
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    tasks = "captions, karpathy, vqa, flickr8k, flickr30k, coco, pathvqa or easy_vqa"
+    tasks = "captions, karpathy, vqa, choices, flickr8k, flickr30k, coco, pathvqa or easy_vqa"
     command.add_argument("--task", required=True, metavar="TASK", help=tasks)
     command.add_argument("--data", metavar="FILE", help="rows of the test set: a file, folder, glob or Hub id")
     command.add_argument("--images", metavar="DIR", help="folder of its images (default: beside --data)")
     command.add_argument("--split", metavar="NAME", help="default: test")
+    command.add_argument("--image", metavar="KEY", help="key of the image (default: found out)")
     command.add_argument("--texts", metavar="KEY", help="key of the captions (default: texts)")
     command.add_argument("--question", metavar="KEY", help="key of the question (default: question)")
+    command.add_argument("--choices", metavar="KEY", help="key of what may be chosen (default: choices)")
     command.add_argument("--answer", metavar="KEY", help="key of the answer, or of several (default: answer)")
     command.add_argument("--prompt", metavar="TEXT", help="ask for captions in these words (default: the image alone)")
+    command.add_argument("--shots", type=int, metavar="N", help="examples with answers before each question (default: 0)")
+    command.add_argument("--shots-data", metavar="FILE", help="rows that they are drawn from (default: --data)")
+    command.add_argument("--shots-split", metavar="NAME", help="default: train")
+    command.add_argument("--shots-seed", type=int, metavar="N", help="default: 0")
     command.add_argument("--output", required=True, metavar="DIR", help="gets predictions, metrics and a gallery")
     command.add_argument("--num-beams", type=int, metavar="N", help="default: 1, greedy search")
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64 for captions, 32 for answers")

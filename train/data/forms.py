@@ -552,9 +552,10 @@ class KarpathyForm(CaptionsForm):
 
     def images(self, row):
         self.texts(row)  # else a row of another form would be told what is wrong with its file name
-        name = row.get("filename")
+        key = self.named.get("image", "filename")
+        name = row.get(key)
         if not isinstance(name, str):
-            raise ValueError(f"`filename` must be a text, not {name!r}")
+            raise ValueError(f"`{key}` must be a text, not {name!r}")
         return [self.pictures(f"{row['filepath']}/{name}" if row.get("filepath") else name)]
 
 

@@ -50,6 +50,7 @@ def run_evaluation(run: EvaluationRun) -> dict:
         "split": run.split,
         "keys": run.keys,
         "prompt": run.prompt,
+        "shots": {"number": run.shots, "data": run.shots_data, "split": run.shots_split, "seed": run.shots_seed},
         "limit": limit,
     }
     folder, name = Path(run.output), Path(run.model).name

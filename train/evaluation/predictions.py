@@ -8,17 +8,27 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import PartialState
 
 from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.environment import choose_device, versions
 from prefixvlm.train.evaluation.answering import Decoding, answers
+from prefixvlm.train.evaluation.likelihoods import log_likelihoods
+from prefixvlm.train.evaluation.metrics.choices import choice_scores
 from prefixvlm.train.evaluation.metrics.intervals import bootstrap
 from prefixvlm.train.evaluation.metrics.vqa.scores import vqa_scores
 from prefixvlm.train.evaluation.tasks import Example
 
 PREDICTIONS, METRICS, SETTINGS = "predictions.jsonl", "metrics.json", "settings.json"
+
+
+class Said(NamedTuple):
+    """What a model answers, and how likely it finds each choice, in nats; without choices there are none."""
+
+    prediction: str
+    likelihoods: list[float]
 
 
 def scorer(kind: str) -> Callable:
@@ -78,16 +88,24 @@ def evaluate(
     questions = [example.question for example in examples]
     with _own_file(output, processes.process_index).open("a", encoding="utf-8") as file:
         for batch in answers(model, processor, questions, mine, decoding, processes.is_main_process):
-            file.writelines(_line(index, examples[index], text) for index, text in batch)
+            asked = [examples[index] for index, _ in batch]
+            choices = [one.choices for one in asked]
+            likelihoods = log_likelihoods(model, processor, [one.question for one in asked], choices, decoding.batch_size)
+            for (index, text), values in zip(batch, likelihoods, strict=True):
+                file.write(_line(index, examples[index], Said(text, values)))
             file.flush()
     processes.wait_for_everyone()
     if processes.is_main_process:
-        predictions = _gather(output, examples)
-        scored = score([predictions[index] for index in range(len(examples))], [one.references for one in examples])
+        said = _gather(output, examples)
+        in_order = [said[index] for index in range(len(examples))]
+        scored = score([one.prediction for one in in_order], [one.references for one in examples])
+        chosen = choice_scores(
+            [one.likelihoods for one in in_order], [one.choices for one in examples], [one.right for one in examples]
+        )
         report = {
-            "scores": scored.scores,
+            "scores": scored.scores | chosen.scores,
             "notes": getattr(scored, "notes", []),  # those of captions have some
-            "intervals": bootstrap(scored.resampled, len(examples)),
+            "intervals": bootstrap(lambda rows: scored.resampled(rows) | chosen.resampled(rows), len(examples)),
             "interval": "95%, percentile bootstrap over test items, 1,000 resamples, seed 0",
             **settings,
             "command": " ".join(sys.argv),
@@ -99,7 +117,10 @@ def evaluate(
 
 
 def read_predictions(output: Path) -> list[dict]:
-    """The rows of predictions.jsonl: `index`, `name`, `question`, `references` and `prediction`."""
+    """The rows of predictions.jsonl: `index`, `name`, `question`, `references` and `prediction`.
+
+    Those of questions with choices also have `choices`, `right` and `log_likelihoods`.
+    """
     return [json.loads(line) for line in (output / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
 
@@ -107,14 +128,17 @@ def _own_file(output: Path, process: int) -> Path:
     return output / (f"predictions.{process}.jsonl" if process else PREDICTIONS)
 
 
-def _line(index: int, example: Example, prediction: str) -> str:
+def _line(index: int, example: Example, said: Said) -> str:
     row = {"index": index, "name": example.question.name, "question": example.question.turns[-1].text}
-    return json.dumps(row | {"references": example.references, "prediction": prediction}) + "\n"
+    row |= {"references": example.references, "prediction": said.prediction}
+    if example.choices:
+        row |= {"choices": example.choices, "right": example.right, "log_likelihoods": said.likelihoods}
+    return json.dumps(row) + "\n"
 
 
-def _read(path: Path, examples: list[Example]) -> dict[int, str]:
-    """The predictions in a file, by index; what a kill has cut off is left out."""
-    found: dict[int, str] = {}
+def _read(path: Path, examples: list[Example]) -> dict[int, Said]:
+    """What was said, by index; what a kill has cut off is left out."""
+    found: dict[int, Said] = {}
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             row = json.loads(line)
@@ -124,15 +148,16 @@ def _read(path: Path, examples: list[Example]) -> dict[int, str]:
         if index not in range(len(examples)) or not isinstance(prediction, str):
             continue
         of = examples[index].question
-        if (of.name, of.turns[-1].text) == (name, question):
-            found[index] = prediction
+        likelihoods = row.get("log_likelihoods", [])
+        if (of.name, of.turns[-1].text) == (name, question) and len(likelihoods) == len(examples[index].choices):
+            found[index] = Said(prediction, likelihoods)
     return found
 
 
-def _gather(output: Path, examples: list[Example]) -> dict[int, str]:
+def _gather(output: Path, examples: list[Example]) -> dict[int, Said]:
     """Puts the files of all processes together as predictions.jsonl, in the order of the examples, each once."""
     others = sorted(output.glob("predictions.*.jsonl"))
-    found: dict[int, str] = {}
+    found: dict[int, Said] = {}
     for path in (output / PREDICTIONS, *others):
         found |= _read(path, examples)
     lines = [_line(index, examples[index], found[index]) for index in sorted(found)]

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from prefixvlm.train.recipes.checking import AtLeastOne, Checked, DataSource, Dtype, Number, Text
 
-TaskName = Literal["captions", "karpathy", "vqa", "flickr8k", "flickr30k", "coco", "pathvqa", "easy_vqa"]
+TaskName = Literal["captions", "karpathy", "vqa", "choices", "flickr8k", "flickr30k", "coco", "pathvqa", "easy_vqa"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 
 
@@ -35,8 +35,11 @@ class EvaluationSettings(Checked):
         data: rows of the test set: a file, folder, glob or Hub id.
         images: the folder of its images; by default beside `data`.
         split: of the rows.
-        texts, question, answer: a row's keys of the captions, of the question, and of the answer or answers; by default
-            the source's own.
+        image, texts, question, choices, answer: a row's keys of the image, of the captions, of the question, of what may
+            be chosen, and of the answer or answers; by default the source's own.
+        shots: examples with their answers that stand before each question, and where they come from.
+        shots_data, shots_split: where examples come from; by default the test set's own data, in the split `train`.
+        shots_seed: draws them, for each question others.
         prompt: asks for captions in these words; by default the image stands alone, as in stages 0 to 2.
         num_beams, batch_size: as in `Decoding`.
         max_new_tokens: as in `Decoding`; by default 64 for captions and 32 for answers.
@@ -46,19 +49,25 @@ class EvaluationSettings(Checked):
     data: Text | None = None
     images: Text | None = None
     split: Text = "test"
+    image: Text | None = None
     texts: Text | None = None
     question: Text | None = None
+    choices: Text | None = None
     answer: Text | None = None
     prompt: Text | None = None
+    shots: Annotated[int, Field(ge=0)] = 0
+    shots_data: Text | None = None
+    shots_split: Text = "train"
+    shots_seed: Annotated[int, Field(ge=0)] = 0
     num_beams: AtLeastOne = 1
     max_new_tokens: AtLeastOne | None = None
     batch_size: AtLeastOne = 32
 
     @property
     def keys(self) -> dict[str, str]:
-        """Those of `texts`, `question` and `answer` that are given."""
-        keys = {"texts": self.texts, "question": self.question, "answer": self.answer}
-        return {name: key for name, key in keys.items() if key is not None}
+        """The names of a row's keys that are given, by what they are of."""
+        names = ("image", "texts", "question", "choices", "answer")
+        return {name: key for name in names if (key := getattr(self, name)) is not None}
 
     def decoding(self, default_max_new_tokens: int) -> Decoding:
         """How texts are generated, of a kind of task that cuts them at `default_max_new_tokens` by default."""

@@ -183,7 +183,7 @@ def test_a_bad_file_of_cocos_form_is_named(content, says, tmp_path):
         ("captions", {"data": "{rows}", "images": "gone"}, "gone: there is no such folder"),
         ("captions", {"data": "{rows}", "answer": "a"}, "no key for answer"),
         ("flickr8k", {"data": "{rows}"}, "`sentences` is missing"),
-        ("flickr8k", {"data": "{rows}", "texts": "a"}, "no key for texts"),
+        ("flickr8k", {"data": "{rows}", "question": "a"}, "no key for question"),
         ("vqa", {"data": "{rows}", "prompt": "what?"}, "A prompt is for captions"),
         ("easy_vqa", {"data": "{rows}"}, "brings its own data"),
         ("easy_vqa", {"split": "val"}, "easy-VQA has no split 'val'"),

@@ -65,7 +65,7 @@ def test_help_tells_the_schemas_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    for name in ("split", "num_beams", "batch_size", "dtype"):
+    for name in ("split", "shots", "shots_split", "shots_seed", "num_beams", "batch_size", "dtype"):
         about = told.partition(f"--{name.replace('_', '-')} ")[2].rpartition("--")[0]
         assert f"default: {fields[name].default}" in told.split(f" --{name.replace('_', '-')} ")[-1][:80], about
     kinds = {"captions": "captions", "vqa": "answers"}
@@ -76,8 +76,9 @@ def test_help_tells_the_schemas_defaults(capsys):
 
 def test_every_setting_of_an_evaluation_has_its_option():
     needed = ["evaluate", "model", "--task", "vqa", "--output", "there"]
-    given = ["--data", "--images", "--split", "--texts", "--question", "--answer", "--prompt", "--dtype", "--device"]
-    numbers = ["--num-beams", "--max-new-tokens", "--batch-size", "--limit"]
+    given = ["--data", "--images", "--split", "--image", "--texts", "--question", "--choices", "--answer", "--prompt"]
+    given += ["--shots-data", "--shots-split", "--dtype", "--device"]
+    numbers = ["--shots", "--shots-seed", "--num-beams", "--max-new-tokens", "--batch-size", "--limit"]
     arguments = [word for option in given for word in (option, "x")] + [
         word for option in numbers for word in (option, "1")
     ]

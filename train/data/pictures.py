@@ -32,6 +32,8 @@ class PictureFinder:
 
     def __init__(self, folder: Path, by_address: bool = False, hosts: Sequence[str] = ()):
         self.folder, self.by_address, self.hosts = folder, by_address, tuple(hosts)
+        # `datasets` names the images of a folder that is reached by a link as they are without it
+        self._roots = tuple(f"{root}{os.sep}" for root in {os.path.abspath(folder), os.path.realpath(folder)})
 
     def __call__(self, image):
         """One image.
@@ -55,7 +57,7 @@ class PictureFinder:
             except binascii.Error:
                 pass  # a long name
         path = image.replace("\\", "/")
-        if path.startswith(f"{os.path.abspath(self.folder)}/") and ".." not in path.split("/"):
+        if image.startswith(self._roots) and ".." not in path.split("/"):
             return image
         path = self._inside(path)
         return self.by_id(image) if "." not in image and not os.path.isfile(path) else path

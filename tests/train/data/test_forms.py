@@ -1,6 +1,7 @@
 """Every format that is read: which one it is found to be, and the turns that come of a row of its published schema."""
 
 import base64
+import gzip
 import io
 import json
 import re
@@ -323,6 +324,45 @@ OBELICS = {"images": ["http://x.org/a.png", None, "http://x.org/b.png", None], "
 def test_interleaved_documents_find_their_pictures_in_a_folder(folder, row):
     form, turns = read(folder, json.dumps(row) + "\n", "data.jsonl", images=str(folder))
     assert (form, turns) == ("interleaved", [[("assistant", [A, "First.", B, "Second."])]])
+
+
+ROW_OF_LINES = {"image": "a.png", "question": "Where?", "answer": "left"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.JSON", json.dumps([ROW_OF_LINES] * 2).encode()),
+        ("data.jsonl", json.dumps([ROW_OF_LINES] * 2, indent=2).encode()),
+        ("data.json", b"\n".join([json.dumps(ROW_OF_LINES).encode()] * 2)),
+        ("data.ndjson", b"\r\n".join([json.dumps(ROW_OF_LINES).encode()] * 2)),
+        ("data.jsonl.gz", gzip.compress(b"\n".join([json.dumps(ROW_OF_LINES).encode()] * 2))),
+        ("data.json.gz", gzip.compress(json.dumps([ROW_OF_LINES] * 2).encode())),
+        ("data.csv.gz", gzip.compress(b"image,question,answer\n" + b"a.png,Where?,left\n" * 2)),
+    ],
+    ids=["capitals", "a list in .jsonl", "lines in .json", "ndjson", "jsonl.gz", "json.gz", "csv.gz"],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_by_what_they_hold(folder, name, content, streaming):
+    (folder / name).write_bytes(content)
+    samples = sources.load("auto", path=str(folder / name), streaming=streaming)
+    made = [make() for _, make in samples.epoch("0")] if streaming else list(samples)
+    assert [turns_of(sample) for sample in made] == [ANSWER] * 2
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+@pytest.mark.parametrize("metadata", ["metadata.jsonl", "metadata.csv"])
+def test_a_folder_of_images_with_their_metadata(folder, metadata, is_link, tmp_path_factory):
+    pytest.importorskip("datasets")
+    rows = [{"file_name": "a.png", "text": "One."}, {"file_name": "b.png", "text": "Two."}]
+    lines = map(json.dumps, rows) if metadata.endswith("jsonl") else ["file_name,text", "a.png,One.", "b.png,Two."]
+    (folder / metadata).write_text("\n".join(lines) + "\n")
+    if is_link:
+        link = tmp_path_factory.mktemp("links") / "link"
+        link.symlink_to(folder, target_is_directory=True)
+        folder = link
+    samples = sources.load("auto", path=str(folder))
+    assert [turns_of(sample) for sample in samples] == [caption("One."), caption("Two.", B)]
 
 
 def test_an_address_is_refused_as_it_is_written_or_fetched_where_its_host_is_allowed(folder):

@@ -27,6 +27,7 @@ IMAGE_SIZE, IMAGE_TOKENS = 224, 256  # the paper's
 BYTES = 300  # tokens of a vocabulary of single bytes and control tokens
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
 THUMBNAIL = 224
+SHOWN_PROBLEMS = 20  # on a page of text
 MARKS = ("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;color:#222}img{border-radius:4px;margin:4px}"
@@ -186,7 +187,9 @@ def as_json(found: Inspection) -> str:
 
 def as_text(found: Inspection) -> str:
     """A page of text; what is learnt stands in double brackets."""
-    lines = [*_summary(found), *(f"  {one['where']}: {one['why']}" for one in found.problems)]
+    lines = [*_summary(found), *(f"  {one['where']}: {one['why']}" for one in found.problems[:SHOWN_PROBLEMS])]
+    if len(found.problems) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(found.problems) - SHOWN_PROBLEMS:,} more, which --json lists")
     for sample in found.samples:
         lines += ["", f"{sample['name']} ({', '.join(sample['images']) or 'no image'})", _marked(sample, *MARKS)]
     return "\n".join(lines)

@@ -88,6 +88,14 @@ def test_a_page_of_text_marks_what_is_learnt(data, capsys):
     assert "⟦Not" not in out
 
 
+def test_a_page_of_text_shows_the_first_problems_and_counts_the_others(data, capsys):
+    data.write_text(json.dumps([{"question": "?", "answer": "x"}] * 23))
+    assert main(["inspect", str(data)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("there is no image") == 20
+    assert "and 3 more, which --json lists" in out
+
+
 def test_a_page_with_pictures(data, capsys):
     page = data.parent / "page.html"
     assert main(["inspect", str(data), "--html", str(page)]) == 0

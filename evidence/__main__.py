@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from evidence import report, studies
+from evidence.results import MASKS
 from evidence.studies import Workspace
 from prefixvlm.inference.environment import versions
 
@@ -30,6 +31,7 @@ def phases(workspace: Workspace, seeds: range) -> list[dict]:
         for mode in ("prefix", "causal")
     }
     trainings["easy/prefix_all_images/0"] = partial(studies.easy, mode="prefix_all_images", seed=0)
+    trainings |= _talks("easy", seeds)
     after = {
         f"pairs/{mode}/{seed}": partial(studies.pairs, mode=mode, seed=seed)
         for seed in seeds
@@ -54,7 +56,28 @@ def phases(workspace: Workspace, seeds: range) -> list[dict]:
             for writer in ("human", "machine")
         }
         after |= {f"texts/{decoder}": partial(studies.texts, decoder=decoder) for decoder in studies.DECODERS}
+    if studies.has_radiographs(workspace):
+        backbones["backbones/rad"] = studies.rad_backbones
+        trainings |= _talks("rad", seeds)
     return [{"data": studies.prepare}, backbones, trainings, after]
+
+
+def _talks(name: str, seeds: range) -> dict:
+    return {
+        f"talks/{name}/{mode}/{seed}": partial(studies.talks, name=name, mode=mode, seed=seed)
+        for seed in seeds
+        for mode in MASKS[f"talks/{name}"]
+    }
+
+
+def _only(all_phases: list[dict], study: str | None) -> list[dict]:
+    """The jobs of one study, and what it starts from."""
+    if study is None:
+        return all_phases
+    used = ("data", "backbones/easy", "backbones/rad")
+    return [
+        {name: job for name, job in phase.items() if name in used or name.startswith(f"{study}/")} for phase in all_phases
+    ]
 
 
 def result_file(workspace: Workspace, name: str) -> Path:
@@ -86,15 +109,26 @@ def start(command: list[str], log_folder: Path, name: str) -> str | None:
     return name if done.returncode else None
 
 
+def _command(options: argparse.Namespace) -> str:
+    if options.only:
+        return " ".join(["python -m evidence", "--only", options.only, *(["--data folder"] if options.data else [])])
+    return "make evidence DATA=folder" if options.data else "make evidence"
+
+
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
 def main() -> int:
     options = argparse.ArgumentParser(prog="python -m evidence", description=__doc__.splitlines()[0])
-    options.add_argument("--data", type=Path, help="folder with ucm_captions, coco_photos and human_vs_machine_text")
+    options.add_argument(
+        "--data",
+        type=Path,
+        help="folder with ucm_captions, coco_photos, human_vs_machine_text and, if it is there, vqa_rad",
+    )
     options.add_argument("--output", type=Path, default=Path("runs/evidence"))
     options.add_argument("--workers", type=int, default=2, help="jobs at a time, with one thread each (default: 2)")
     options.add_argument("--seeds", type=int, default=len(studies.SEEDS), help="seeds per arm (default: 5)")
+    options.add_argument("--only", choices=["talks"], help="run this study alone, and keep the others' results as they are")
     options.add_argument("--job", help="run only this job, in this process")
     options.add_argument("--report", type=Path, default=report.PAGE, help="page to fill in (default: docs/EVIDENCE.md)")
     options = options.parse_args()
@@ -123,7 +157,8 @@ def main() -> int:
     if not options.data:
         print("Without --data only the studies on easy-VQA are run.")
     started = time.perf_counter()
-    for phase in phases(workspace, seeds):
+    chosen = _only(phases(workspace, seeds), options.only)
+    for phase in chosen:
         waiting = [name for name in phase if not result_file(workspace, name).exists()]
         with ThreadPoolExecutor(options.workers) as pool:
             failed = [name for name in pool.map(partial(start, command, logs), waiting) if name]
@@ -134,16 +169,21 @@ def main() -> int:
     seconds = time.perf_counter() - started + (json.loads(elapsed.read_text()) if elapsed.exists() else 0.0)
     elapsed.write_text(json.dumps(seconds))
     print(f"All jobs done in {seconds / 60:.1f} minutes.")
-    results = {
-        name: json.loads(result_file(workspace, name).read_text()) for phase in phases(workspace, seeds) for name in phase
-    }
-    results["run"] = {
-        "command": "make evidence DATA=folder" if options.data else "make evidence",
+    results = {name: json.loads(result_file(workspace, name).read_text()) for phase in chosen for name in phase}
+    cpu_minutes = round(sum(one["job_seconds"] for one in results.values()) / 60)
+    if options.only:
+        others = report.kept(options.report)
+        results = others | {
+            name: one for name, one in results.items() if name.startswith(f"{options.only}/") or name not in others
+        }
+    results[f"run/{options.only}" if options.only else "run"] = {
+        "command": _command(options),
         "minutes": round(seconds / 60),
+        "cpu_minutes": cpu_minutes,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": versions(),
     }
-    report.write(results, options.report)
+    report.write(results, options.report, has_curves=options.only is None)
     print(f"Saved to {options.report}")
     return 0
 

@@ -1,6 +1,7 @@
 """The small data sets of the studies in one format: small pictures with texts about them.
 
-Of the given data folder, `ucm_captions/`, `coco_photos/` and `human_vs_machine_text/` are read; easy-VQA comes from PyPI.
+Of the given data folder, `ucm_captions/`, `coco_photos/`, `human_vs_machine_text/` and `vqa_rad/` are read; easy-VQA comes
+from PyPI.
 """
 
 import json
@@ -14,6 +15,10 @@ from prefixvlm.train.data import easy_vqa
 SIZE = 48  # pixels a side: 36 patches, so that five seeds of every arm fit into an hour
 DESCRIBE, WHAT = "Describe the image.", "What does it show?"
 TWO_IMAGE_QUESTIONS = 12_000
+PLACES = ("first", "second", "third")
+TALKS = {"train": 6_000, "test": 600}  # conversations about three pictures
+PART = "which part of the body is shown?"
+EVERY_FIFTH = 5  # radiograph is for testing
 
 
 def lines(path: Path) -> list[dict]:
@@ -37,7 +42,8 @@ def prepare_ucm(source: Path, folder: Path) -> None:
 
 
 def prepare_easy_vqa(folder: Path) -> None:
-    """Prepares easy-VQA as captions, as conversations, and as single questions about one of two pictures."""
+    """Prepares easy-VQA as captions, as conversations, as single questions about one of two pictures, and as conversations
+    about three."""
     for split in ("train", "test"):
         for name, samples in (("captions", easy_vqa.captions(split)), ("conversations", easy_vqa.conversations(split))):
             rows = []
@@ -51,12 +57,18 @@ def prepare_easy_vqa(folder: Path) -> None:
                 rows.append(row)
             write_lines(folder / f"{name}-{split}.jsonl", rows)
         write_lines(folder / f"pairs-{split}.jsonl", _pairs(split))
+        write_lines(folder / f"talks-{split}.jsonl", _talks(_easy_pictures(split), split))
+
+
+def _easy_pictures(split: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The names of the prepared pictures, with their questions and answers."""
+    return [(f"{split}-{image.stem}.png", questions) for image, questions in easy_vqa.questions_by_image(split).items()]
 
 
 def _pairs(split: str) -> list[dict]:
     """Questions about the first or the second of two pictures."""
     draw = random.Random(f"pairs {split}")
-    pictures = [(f"{split}-{image.stem}.png", questions) for image, questions in easy_vqa.questions_by_image(split).items()]
+    pictures = _easy_pictures(split)
     rows = []
     for _ in range(TWO_IMAGE_QUESTIONS if split == "train" else TWO_IMAGE_QUESTIONS // 6):
         both = draw.sample(pictures, 2)
@@ -65,6 +77,57 @@ def _pairs(split: str) -> list[dict]:
         asked = f"{('first', 'second')[place]}: {question}"
         rows.append({"images": [name for name, _ in both], "split": split, "question": asked, "answer": answer})
     return rows
+
+
+def prepare_radiographs(source: Path, folder: Path) -> None:
+    """Prepares VQA-RAD's pictures as captions that name the part of the body, and for conversations about three of them.
+
+    Its published split tests pictures that it also trains; here a picture is for one of the two.
+    """
+    asked: dict[str, list[tuple[str, str]]] = {}
+    parts: dict[str, str] = {}
+    for row in lines(source / "qa.jsonl"):
+        parts[row["image"]] = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen"}[row["organ"]]
+        if row["answer_type"] == "CLOSED" and row["answer"].lower() in ("yes", "no"):
+            asked.setdefault(row["image"], []).append((row["question"], row["answer"].lower()))
+    for split in ("train", "test"):
+        chosen = [image for place, image in enumerate(sorted(parts)) if (place % EVERY_FIFTH == 0) == (split == "test")]
+        pictures = []
+        captions = []
+        for image in chosen:
+            name = _small(source / image, folder, split)
+            # the part of the body as often as all else together
+            closed = asked.get(image, [])
+            pictures.append((name, [(PART, parts[image])] * max(1, len(closed)) + closed))
+            captions.append({"image": name, "texts": [f"a picture of the {parts[image]}"], "split": split})
+        write_lines(folder / f"captions-{split}.jsonl", captions)
+        write_lines(folder / f"talks-{split}.jsonl", _talks(pictures, split))
+
+
+def _talks(pictures: list[tuple[str, list[tuple[str, str]]]], split: str) -> list[dict]:
+    """Conversations about three pictures: two among the words of the first turn, the third in the second turn.
+
+    Each question is about one picture by its number, any of those that have been shown.
+    """
+    draw = random.Random(f"talks {split}")
+    rows = []
+    for _ in range(TALKS[split]):
+        shown = draw.sample(pictures, len(PLACES))
+        messages = []
+        for new in (PLACES[:2], PLACES[2:]):
+            content = []
+            for place in new:
+                content += [_text(f"{place}:"), {"type": "image", "image": shown[PLACES.index(place)][0]}]
+            place = draw.choice(PLACES[: PLACES.index(new[-1]) + 1])
+            question, reply = draw.choice(shown[PLACES.index(place)][1])
+            messages.append({"role": "user", "content": [*content, _text(f"{place}: {question}")]})
+            messages.append({"role": "assistant", "content": reply})
+        rows.append({"messages": messages, "split": split})
+    return rows
+
+
+def _text(words: str) -> dict:
+    return {"type": "text", "text": words}
 
 
 def prepare_coco(source: Path, folder: Path) -> None:

@@ -20,14 +20,20 @@ from evidence.statistics import Difference, difference, mean
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "EVIDENCE.md"
 FOLDER = "evidence"  # beside the page
 ACCURACIES = {"overall_accuracy": "accuracy, %", "yes_no_accuracy": "yes/no, %", "open_accuracy": "colours and shapes, %"}
+TALK_SCORES = {
+    f"{turn}_{kind}": f"{name}, {what}"
+    for turn, name in (("first", "two pictures"), ("second", "third picture, second turn"))
+    for kind, what in (("yes_no", "yes/no, %"), ("open", "other, %"))
+}
 CAPTION_SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "class_accuracy": "class named, %"}
 
 
-def write(results: dict[str, dict], file: Path) -> None:
+def write(results: dict[str, dict], file: Path, has_curves: bool = True) -> None:
     """Fills in the page, and writes results.json and the figures into the folder `evidence/` beside it.
 
     Args:
         results: of all jobs by name, and under `run` the command, time, machine and versions.
+        has_curves: results that were kept have no loss curves, and then the figures stay as they are.
 
     Raises:
         ValueError: as `check`.
@@ -37,7 +43,14 @@ def write(results: dict[str, dict], file: Path) -> None:
     folder = file.parent / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found.kept(), indent=1) + "\n", encoding="utf-8")
-    figures.draw(found, folder)
+    if has_curves:
+        figures.draw(found, folder)
+
+
+def kept(file: Path) -> dict[str, dict]:
+    """The results that were last written beside a page."""
+    saved = file.parent / FOLDER / "results.json"
+    return json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
 
 
 def fill(file: Path, found: Results) -> None:
@@ -72,11 +85,11 @@ def _verdict(apart: Difference, better: str = "holds here", worse: str = "the op
     return f"**{apart.verdict(better, worse)}**"
 
 
-def _run(found: Results) -> str:
-    run = found.all["run"]
-    minutes = sum(one.get("job_seconds", 0) for one in found.all.values()) / 60
+def _run(found: Results, study: str | None = None) -> str:
+    """How all studies were run, or one that was run by itself."""
+    run = found.all.get(f"run/{study}", found.all["run"])
     heads = ["command", "minutes", "CPU minutes, one thread per job", "machine", "versions"]
-    row = [f"`{run['command']}`", f"{run['minutes']:.0f}", f"{minutes:.0f}", run["machine"]]
+    row = [f"`{run['command']}`", f"{run['minutes']:.0f}", f"{run['cpu_minutes']:.0f}", run["machine"]]
     return markdown_table(heads, [[*row, ", ".join(f"{name} {version}" for name, version in run["versions"].items())]])
 
 
@@ -192,9 +205,12 @@ def _price_of_hiding(found: Results, trained: str, level: float) -> list[float]:
 # by its name on the page, each table: the study that it needs, what makes it, and the figure below it
 TABLES = {
     "run": (None, _run, ""),
+    "talks-run": ("talks", lambda found: _run(found, "talks"), ""),
     "same-weights": ("easy", _same_weights, ""),
     "easy-vqa": ("easy", lambda found: _by_mask(found, "easy", ACCURACIES), ""),
     "two-images": ("pairs", lambda found: _by_mask(found, "pairs", ACCURACIES), ""),
+    "talks-easy": ("talks/easy", lambda found: _by_mask(found, "talks/easy", TALK_SCORES), ""),
+    "talks-rad": ("talks/rad", lambda found: _by_mask(found, "talks/rad", TALK_SCORES), ""),
     "ucm-captions": ("ucm", lambda found: _by_mask(found, "ucm", CAPTION_SCORES), ""),
     "masks": ("easy", _masks, "![accuracy and CIDEr by mask](evidence/masks.png)"),
     "losses": ("ucm", lambda found: "", "![training losses](evidence/losses.png)"),

@@ -9,6 +9,7 @@ ARM_NAMES = {
 DECODER_NAMES = {"neutral": "neutral prose", "human": "human captions", "both": "both kinds of captions"}
 # the masks that each study compares, the paper's first
 MASKS = {"easy": ("prefix", "causal"), "pairs": ("prefix", "causal", "prefix_all_images"), "ucm": ("prefix", "causal")}
+MASKS |= {f"talks/{name}": MASKS["pairs"] for name in ("easy", "rad")}
 
 
 class Results:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ UCM_ARMS = {
 EASY_STEPS = {0: 40, 1: 40, 2: 80, 3: 250}
 EASY_QUESTIONS = 2400  # of the 9,673 for testing, evenly spread
 PAIR_STEPS = 100
+TALK_STEPS = {1: 60, 3: 100}
 TWO_IMAGES = data.TWO_IMAGE_QUESTIONS // 6  # questions for testing
 NOISES = (0.0, 0.2, 0.4)
 NOISE_SEEDS, NOISE_STEPS = range(3), 80
@@ -82,7 +83,14 @@ def prepare(workspace: Workspace) -> dict:
         data.prepare_ucm(workspace.given / "ucm_captions", workspace.data / "ucm")
         data.prepare_coco(workspace.given / "coco_photos", workspace.data / "coco")
         data.prepare_texts(workspace.given / "human_vs_machine_text", workspace.data / "texts")
+        if has_radiographs(workspace):
+            data.prepare_radiographs(workspace.given / "vqa_rad", workspace.data / "rad")
     return {}
+
+
+def has_radiographs(workspace: Workspace) -> bool:
+    """Whether VQA-RAD was given."""
+    return workspace.given is not None and (workspace.given / "vqa_rad").is_dir()
 
 
 def ucm_backbones(workspace: Workspace) -> dict:
@@ -108,6 +116,21 @@ def easy_backbones(workspace: Workspace) -> dict:
     return {
         "decoder_loss": backbones.train_decoder(captions * 2 + said, tokenizer, 150, 0, workspace.backbone("easy-decoder"))
     }
+
+
+def rad_backbones(workspace: Workspace) -> dict:
+    """Trains an encoder on VQA-RAD's training pictures and captions, a decoder on those and on what is said of them."""
+    folder = workspace.data / "rad"
+    rows = data.lines(folder / "captions-train.jsonl")
+    captions = [text for row in rows for text in row["texts"]]
+    said = []
+    for row in data.lines(folder / "talks-train.jsonl"):
+        texts = [turn["content"][-1]["text"] if turn["role"] == "user" else turn["content"] for turn in row["messages"]]
+        said += [" ".join(texts[:2]), " ".join(texts[2:])]
+    tokenizer = backbones.tokenizer_of([*captions, *said], 1000)
+    pairs = [(folder / row["image"], row["texts"]) for row in rows]
+    backbones.train_encoder(pairs, tokenizer, 300, 0, workspace.backbone("rad-encoder"))
+    return {"decoder_loss": backbones.train_decoder(captions + said, tokenizer, 150, 0, workspace.backbone("rad-decoder"))}
 
 
 def text_decoder(workspace: Workspace, kind: str) -> dict:
@@ -256,6 +279,29 @@ def pairs(workspace: Workspace, mode: str, seed: int) -> dict:
     )
     rows = [(row["images"], row["question"], row["answer"]) for row in data.lines(folder / "pairs-test.jsonl")]
     return result | _accuracies(last, folder, rows)
+
+
+def talks(workspace: Workspace, name: str, mode: str, seed: int) -> dict:
+    """Conversations about three pictures, each where it was shown: accuracy of the answers of both turns."""
+    folder = workspace.data / name
+    captions = {"source": "captions", "path": str(folder / "captions-train.jsonl")}
+    source = {"source": "messages", "path": str(folder / "talks-train.jsonl")}
+    faster = EVERYTHING | {"language_model_lr": 3e-3}
+    last, result = train(
+        workspace.run("talks", name, mode, seed),
+        seed,
+        from_backbones(workspace, f"{name}-encoder", f"{name}-decoder"),
+        stages_of(TALK_STEPS, captions, source, mode, faster),
+    )
+    model, processor = load(str(last))
+    samples = load_samples("messages", path=str(folder / "talks-test.jsonl"), split="test")
+    whole = [samples[index] for index in range(len(samples))]
+    for turn, end in {"first": 1, "second": 3}.items():
+        asked = [replace(one, turns=one.turns[:end]) for one in whole]
+        said = answer(model, processor, asked, batch_size=100, max_new_tokens=6)
+        scores = vqa_scores(said, [one.turns[end].text for one in whole]).scores
+        result |= {f"{turn}_{kind}": 100 * scores[kind] for kind in ("overall", "yes_no", "open")}
+    return result
 
 
 def _accuracies(last: Path, folder: Path, questions: list[tuple[list[str], str, str]]) -> dict:

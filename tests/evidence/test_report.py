@@ -10,7 +10,7 @@ from evidence import backbones, report, studies
 from evidence.page import PLACE
 from evidence.results import Results
 
-SCORES = ("overall_accuracy", "yes_no_accuracy", "open_accuracy", "CIDEr", "Bleu_4", "class_accuracy")
+SCORES = ("overall_accuracy", "yes_no_accuracy", "open_accuracy", "CIDEr", "Bleu_4", "class_accuracy", *report.TALK_SCORES)
 MODES = ("prefix", "causal", "prefix_all_images")
 
 
@@ -27,11 +27,15 @@ def run(level: float, draw: random.Random, stages=("0", "1", "2", "3")) -> dict:
 
 def results(prefix: float, causal: float, machine: float = -0.5) -> dict[str, dict]:
     draw = random.Random(0)
-    found = {"run": {"command": "make", "minutes": 12.0, "machine": "2 cores", "versions": {"torch": "2.13.0"}}}
+    run = {"command": "make", "minutes": 12.0, "cpu_minutes": 20.0, "machine": "2 cores", "versions": {"torch": "2.13.0"}}
+    found = {"run": run}
     for seed in range(3):
         for study in ("easy", "pairs"):
             for mode in MODES if study == "pairs" else MODES[:2]:
                 found[f"{study}/{mode}/{seed}"] = run(causal if mode == "causal" else prefix, draw)
+        for mode in MODES:
+            for name in ("easy", "rad"):
+                found[f"talks/{name}/{mode}/{seed}"] = run(causal if mode == "causal" else prefix, draw)
         for arm in studies.UCM_ARMS:
             found[f"ucm/{arm}/{seed}"] = run(prefix if arm == "prefix" else causal, draw)
         for writer in ("human", "machine"):
@@ -105,7 +109,7 @@ def test_without_the_given_data_the_rest_is_written_and_said_so(page, monkeypatc
     monkeypatch.setattr(report.figures, "draw", DRAW)
     found = {name: one for name, one in results(60.0, 50.0).items() if name.startswith(("easy", "pairs", "run"))}
     report.write(found, page)
-    assert page.read_text().count("Not run") == 7
+    assert page.read_text().count("Not run") == 10
     assert "evidence/losses.png" not in page.read_text()
     assert sorted(path.name for path in (page.parent / "evidence").iterdir()) == ["masks.png", "results.json"]
 
@@ -178,3 +182,15 @@ def test_the_prose_names_the_sizes_of_the_studies(page):
         f"{studies.NOISE_STEPS} steps on UCM captions, {len(studies.NOISE_SEEDS)} seeds",
     ):
         assert size in words
+
+
+def test_a_study_run_by_itself_says_how_and_keeps_the_others(page):
+    found = results(60.0, 50.0)
+    report.write(found, page)
+    before = {name: cells(page, name) for name in report.TABLES}
+    alone = {name: one for name, one in results(70.0, 50.0).items() if name.startswith("talks/")}
+    alone["run/talks"] = {**found["run"], "command": "python -m evidence --only talks"}
+    report.write(report.kept(page) | alone, page, has_curves=False)
+    assert cells(page, "talks-run")[0][0] == "`python -m evidence --only talks`"
+    changed = {name for name in before if cells(page, name) != before[name]}
+    assert changed == {"talks-run", "talks-easy", "talks-rad"}

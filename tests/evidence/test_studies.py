@@ -44,6 +44,19 @@ def workspace(tmp_path, monkeypatch) -> Workspace:
     write(given / "human_vs_machine_text", "coco_captions_paired.jsonl", rows)
     for name in studies.TEXT_SETS[1:]:
         write(given / "human_vs_machine_text", f"{name}.jsonl", [{"human": said[0] * 9, "ai": said[1]}] * 3)
+    asked = [("Is it normal?", "Yes", "CLOSED"), ("Where?", "left lung", "OPEN")]
+    rows = [
+        {
+            "image": image,
+            "organ": ("HEAD", "CHEST", "ABD")[number % 3],
+            "question": question,
+            "answer": reply,
+            "answer_type": kind,
+        }
+        for number, image in enumerate(pictures(given / "vqa_rad", 16))
+        for question, reply, kind in asked
+    ]
+    write(given / "vqa_rad", "qa.jsonl", rows)
     real = easy_vqa.questions_by_image
     monkeypatch.setattr(easy_vqa, "questions_by_image", lambda split: dict(list(real(split).items())[:12]))
     for module, name, value in (
@@ -51,6 +64,8 @@ def workspace(tmp_path, monkeypatch) -> Workspace:
         (studies, "EASY_STEPS", TWO_STEPS),
         (studies, "EASY_QUESTIONS", 60),
         (studies, "PAIR_STEPS", 3),
+        (studies, "TALK_STEPS", {1: 1, 3: 3}),
+        (studies.data, "TALKS", {"train": 24, "test": 12}),
         (studies, "NOISE_STEPS", 2),
         (studies, "COCO_STEPS", {1: 5, 2: 5}),
         (studies.data, "TWO_IMAGE_QUESTIONS", 240),
@@ -94,6 +109,12 @@ def test_every_study_runs(workspace):
     pairs = [studies.pairs(workspace, mode, seed=0) for mode in ("prefix", "causal", "prefix_all_images")]
     assert len({one["weights_sha256"] for one in pairs}) == 3
 
+    studies.rad_backbones(workspace)
+    for name in ("easy", "rad"):
+        talks = [studies.talks(workspace, name, mode, seed=0) for mode in ("prefix", "causal", "prefix_all_images")]
+        assert len({one["weights_sha256"] for one in talks}) == 3
+        assert all(0 <= one["second_overall"] <= 100 for one in talks)
+
     noised = studies.noise(workspace, 0.4, "projector", seed=0)
     assert noised["target_visible"] != noised["target_noised"]
     assert studies.noise(workspace, 0.0, "everything", seed=0)["prefix_mask"] > 0
@@ -101,3 +122,39 @@ def test_every_study_runs(workspace):
     reports = studies.texts(workspace, "neutral")["reports"]
     assert set(reports) == set(studies.TEXT_SETS)
     assert reports["coco"]["pairs"][0]["rows"] == 4
+
+
+@pytest.mark.parametrize("name", ["easy", "rad"])
+def test_talks_ask_about_the_pictures_that_were_shown(workspace, name):
+    seen = {}
+    for split in ("train", "test"):
+        rows = studies.data.lines(workspace.data / name / f"talks-{split}.jsonl")
+        assert len(rows) == studies.data.TALKS[split]
+        for row in rows:
+            shown: list[str] = []
+            for turn in row["messages"][::2]:
+                *_, asked = turn["content"]
+                shown += [part["image"] for part in turn["content"] if part["type"] == "image"]
+                place, _, question = asked["text"].partition(": ")
+                assert studies.data.PLACES.index(place) < len(shown)
+                assert question
+            assert len(set(shown)) == 3
+            seen.setdefault(split, set()).update(shown)
+    assert not seen["train"] & seen["test"]
+
+
+def test_an_answer_of_a_talk_is_that_of_its_picture(workspace):
+    rows = studies.data.lines(workspace.given / "vqa_rad" / "qa.jsonl")
+    parts = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen"}
+    organs = {row["image"].partition("/")[2].removesuffix(".png"): parts[row["organ"]] for row in rows}
+    checked = 0
+    for row in studies.data.lines(workspace.data / "rad" / "talks-train.jsonl"):
+        shown: list[str] = []
+        for turn, reply in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            shown += [part["image"] for part in turn["content"] if part["type"] == "image"]
+            place, _, question = turn["content"][-1]["text"].partition(": ")
+            if question == studies.data.PART:
+                image = shown[studies.data.PLACES.index(place)]
+                assert reply["content"] == organs[image.removeprefix("train-").removesuffix(".png")]
+                checked += 1
+    assert checked > 10

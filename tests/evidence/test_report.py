@@ -27,8 +27,8 @@ def run(level: float, draw: random.Random, stages=("0", "1", "2", "3")) -> dict:
 
 def results(prefix: float, causal: float, machine: float = -0.5) -> dict[str, dict]:
     draw = random.Random(0)
-    run = {"command": "make", "minutes": 12.0, "cpu_minutes": 20.0, "machine": "2 cores", "versions": {"torch": "2.13.0"}}
-    found = {"run": run}
+    made = {"command": "make", "minutes": 12.0, "cpu_minutes": 20.0, "machine": "2 cores", "versions": {"torch": "2.13.0"}}
+    found = {"run": made}
     for seed in range(3):
         for study in ("easy", "pairs"):
             for mode in MODES if study == "pairs" else MODES[:2]:

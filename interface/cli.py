@@ -1,22 +1,26 @@
 """The command line. Only what a command needs is imported, so that --help answers at once."""
 
 import argparse
+import difflib
 import gc
 import io
+import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from prefixvlm.quiet import leave_out_noise
 
 BAD_INPUT = 2
-STOPPED, NO_READER = 130, 141  # what shells say of programs that Ctrl-C or a closed pipe has ended
+SIGNALLED, NO_READER = 128, 141  # what shells say of programs that a signal (and its number) or a closed pipe has ended
 
 # the packages that each extra of setup.cfg brings, by the name under which they are imported
 EXTRAS = {
@@ -27,13 +31,15 @@ EXTRAS = {
 # whose errors say that the Hub or the network failed; httpx is what huggingface_hub 1 calls, and requests what 0 did
 OF_THE_NETWORK = ("huggingface_hub", "httpx", "requests")
 PROBE_SECONDS = 3
+STDIN = "-"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, or 2 with one line on stderr for bad input, 130 after Ctrl-C, 141 if nobody reads on.
+        The exit code: 0, or 2 with one line on stderr for bad input, 130 after Ctrl-C, 143 after a SIGTERM that training has
+        heeded, 141 if nobody reads on.
     """
     accept_any_text(sys.stdout)
     if arguments is None:  # we are the whole program
@@ -53,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             return NO_READER
         print(f"prefixvlm: the output cannot be written ({error.strerror}).", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("prefixvlm: stopped.", file=sys.stderr)
-        return STOPPED
+    except KeyboardInterrupt as stop:
+        print(f"prefixvlm: {stop if stop.args else 'stopped.'}", file=sys.stderr)
+        return SIGNALLED + getattr(stop, "signal", signal.SIGINT)
 
 
 def stop_once(*_) -> None:
@@ -69,12 +75,22 @@ def run(arguments: list[str] | None) -> int:
     if rest:
         # argparse does not read key=value after an option as the positional arguments they are
         if not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest):
-            parser().error(f"unrecognized arguments: {' '.join(rest)}")
+            parser().error(unknown(rest, options.command))
         options.overrides += rest
     try:
-        options.run(options)
+        if getattr(options, "json", False):
+            with redirect_stdout(sys.stderr):  # what is said on the way
+                found = options.run(options)
+            if is_main_process():
+                print(json.dumps(found, indent=2, ensure_ascii=False))
+        else:
+            options.run(options)
     except BrokenPipeError:
         raise  # nobody reads the output any more
+    except KeyboardInterrupt as stop:
+        if stop.args or not hasattr(options, "goes_on"):
+            raise
+        raise KeyboardInterrupt(f"stopped; {options.goes_on}.") from stop
     except Exception as error:
         sentence = missing_package(error) or trouble_with_the_hub(error)
         if sentence is None and not isinstance(error, ValueError | OSError | ImportError | MemoryError):
@@ -193,10 +209,49 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+class Version(argparse.Action):
+    """Prints the versions that a report of a fault should name."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        from prefixvlm import __version__
+
+        below = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        print(f"prefixvlm {__version__} ({below}, python {sys.version.split()[0]})")
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """Says of a command that there is none which one may have been meant."""
+
+    def error(self, message: str):
+        if found := re.fullmatch(r"argument COMMAND: invalid choice: '(.*?)' .*", message):
+            from prefixvlm.train.recipes.checking import did_you_mean
+
+            message = f"there is no command {found[1]}; {did_you_mean(found[1], self.commands())}"
+        super().error(message)
+
+    def commands(self) -> dict[str, argparse.ArgumentParser]:
+        """The parsers of the commands, by name."""
+        return next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+
+
+def unknown(arguments: list[str], command: str) -> str:
+    """What to say of arguments that a command does not have."""
+    options = [name for name in parser().commands()[command]._option_string_actions if name.startswith("--")]
+    close = [name for one in arguments for name in difflib.get_close_matches(one.partition("=")[0], options, n=1)]
+    return f"unrecognized arguments: {' '.join(arguments)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def parser() -> Parser:
+    top = Parser(
         prog="prefixvlm", description="Small vision-language models whose attention mask leaves the image unmasked."
     )
+    top.add_argument("--version", action=Version, help="say the version of this package and of those below it")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
@@ -205,12 +260,17 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    def add_json(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--json", action="store_true", help="print JSON; everything else goes to stderr")
+
     def add_device(command: argparse.ArgumentParser) -> None:
         command.add_argument("--device", metavar="NAME", help="default: the first there is of cuda, mps and cpu")
 
     command = add("quickstart", quickstart, "train all four stages on easy-VQA on the CPU, test, and answer questions")
     command.add_argument("--output", metavar="DIR", help="where everything goes (default: runs/quickstart)")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    command.set_defaults(goes_on="the same command with --resume goes on from there")
+    add_json(command)
     command.add_argument("--overwrite", action="store_true", help="replace what an earlier run left")
     add_device(command)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. stages.2.epochs=1")
@@ -220,6 +280,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", metavar="RECIPE", help=f"{names}, or a file")
     command.add_argument("--stages", metavar="0,1,2,3", help="train only these stages")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    command.set_defaults(goes_on="the same command with --resume goes on from there")
+    add_json(command)
     command.add_argument("--overwrite", action="store_true", help="replace what an earlier run left of these stages")
     command.add_argument("--dry-run", action="store_true", help="say what each stage would take, and train nothing")
     command.add_argument("--max-steps", type=int, metavar="N", help="train only N steps of each stage")
@@ -252,15 +314,43 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("generate", generate, "caption an image, or answer a question about it")
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    command.add_argument("--image", required=True, action="append", metavar="FILE", help="repeat it for several, in order")
-    command.add_argument("--prompt", metavar="TEXT", help="the question; without one the image is captioned")
+    command.add_argument(
+        "--image",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="a file, an address, a data: URI, or - for stdin; repeat it for several, in order",
+    )
+    command.add_argument(
+        "--prompt", metavar="TEXT", help="the question, - to read it from stdin; without one the image is captioned"
+    )
     command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     command.add_argument("--dtype", metavar="NAME", help="of the weights (default: bfloat16 where it is fast, or float32)")
     add_device(command)
     command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
+    add_json(command)
+
+    command = add("caption", caption, "caption many pictures into a table, in as many processes as accelerate starts")
+    command.argument_default = argparse.SUPPRESS  # defaults are CaptionRun's
+    command.set_defaults(goes_on="the same command goes on from there")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    command.add_argument("data", metavar="DATA", help="a folder of pictures, one picture, or rows that name some")
+    command.add_argument("--output", required=True, metavar="FILE", help="gets the table: .parquet, .jsonl or .csv")
+    command.add_argument("--images", metavar="DIR", help="folder of the images that rows name (default: beside DATA)")
+    command.add_argument("--image", metavar="KEY", help="a row's key of the image (default: found out)")
+    command.add_argument("--split", metavar="NAME", help="of the rows (default: all of a file, train of a data set)")
+    command.add_argument("--prompt", metavar="TEXT", help="ask in these words (default: the image alone)")
+    command.add_argument("--num-beams", type=int, metavar="N", help="default: 1, greedy search")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64")
+    command.add_argument("--batch-size", type=int, metavar="N", help="default: 32")
+    command.add_argument("--dtype", metavar="NAME", help="of the weights (default: bfloat16 where it is fast, or float32)")
+    add_device(command)
+    command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
+    add_json(command)
 
     command = add("evaluate", evaluate, "answer or caption a whole test set, and score it")
     command.argument_default = argparse.SUPPRESS  # defaults are EvaluationRun's
+    command.set_defaults(goes_on="the same command goes on from there")
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
     tasks = "captions, karpathy, vqa, choices, flickr8k, flickr30k, coco, pathvqa or easy_vqa"
     command.add_argument("--task", required=True, metavar="TASK", help=tasks)
@@ -286,6 +376,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
     command.add_argument("--limit", type=int, metavar="N", help="only N examples, spread evenly; no published set any more")
     command.add_argument("--table", action="store_true", help="print Table VI's layout, with the paper's row beside ours")
+    add_json(command)
 
     command = add("text-loss", text_loss, "measure a language model's loss on sets of texts (Fig. 5a), with intervals")
     command.add_argument(
@@ -306,6 +397,7 @@ def parser() -> argparse.ArgumentParser:
         help="read longer texts in windows of N tokens that overlap by half (default: the model's context, at most 2048)",
     )
     add_device(command)
+    add_json(command)
 
     command = add("score", score, "score captions against references, both in COCO's format, and print JSON")
     command.add_argument("predictions", metavar="PREDICTIONS.json", help='[{"image_id": ..., "caption": ...}]')
@@ -318,6 +410,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("info", info, "count a model's parameters (Table IV), image tokens and floating-point operations")
     command.add_argument("model", metavar="MODEL-or-PRESET", help="paper, tiny, a folder or a Hub id")
+    add_json(command)
 
     command = add("push", push, "upload a saved model to the Hub with a complete card")
     command.add_argument("model", metavar="MODEL", help="folder")
@@ -331,7 +424,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def quickstart(options: argparse.Namespace) -> None:
+def quickstart(options: argparse.Namespace) -> dict:
     from prefixvlm.train.recipes.schema import load_recipe
     from prefixvlm.train.training.quickstart import quickstart
 
@@ -341,6 +434,7 @@ def quickstart(options: argparse.Namespace) -> None:
         f"\nTest accuracy {metrics['accuracy']:.2%} on {metrics['questions']:,} questions after "
         f"{metrics['seconds']['total'] / 60:.1f} minutes; model, figures and metrics.json are in {recipe.output}"
     )
+    return metrics
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
@@ -360,12 +454,12 @@ def overrides(options: argparse.Namespace) -> list[str]:
     return changes
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> dict:
     progress(f"Reading {options.recipe}")
     go_offline_without_a_network(None if options.recipe == "quickstart" else "a Hub id")
     from prefixvlm.train.recipes.schema import load_recipe
-    from prefixvlm.train.training.plan import plan, refuse_missing_paths
-    from prefixvlm.train.training.run import run_recipe
+    from prefixvlm.train.training.plan import as_text, plan, refuse_missing_paths
+    from prefixvlm.train.training.run import records, run_recipe
 
     recipe = load_recipe(options.recipe, overrides(options), max_steps=options.max_steps)
     refuse_missing_paths(recipe)
@@ -374,17 +468,19 @@ def train(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"--stages is {options.stages!r}; give numbers with commas between, such as 0,1.") from error
     if options.dry_run:
-        print(plan(recipe, stages, options.random_init))
-    else:
-        folder = run_recipe(recipe, stages, options.resume, options.random_init, options.overwrite)
-        if is_main_process():
-            print(f"Saved to {folder}")
+        found = plan(recipe, stages, options.random_init)
+        print(as_text(found))
+        return found
+    folder = run_recipe(recipe, stages, options.resume, options.random_init, options.overwrite)
+    if is_main_process():
+        print(f"Saved to {folder}")
+    return {"saved": str(folder), "stages": records(recipe, stages)}
 
 
-def inspect(options: argparse.Namespace) -> None:
+def inspect(options: argparse.Namespace) -> dict:
     progress(f"Reading {options.data}")
     go_offline_without_a_network(options.data, options.tokenizer)
-    from prefixvlm.inspection import as_json, as_text, inspect, write_page
+    from prefixvlm.inspection import as_text, as_values, inspect, write_page
     from prefixvlm.train.recipes.schema import setting
 
     if options.limit < 0:
@@ -399,10 +495,12 @@ def inspect(options: argparse.Namespace) -> None:
         **({"images": options.images} if options.images is not None else {}),
         **keys,
     )
-    print(as_json(found) if options.json else as_text(found))
+    if not options.json:
+        print(as_text(found))
     if options.html is not None:
         write_page(found, Path(options.html))
         progress(f"Saved to {options.html}")
+    return as_values(found)
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -412,7 +510,7 @@ def merge(options: argparse.Namespace) -> None:
     print(f"Saved to {options.output}")
 
 
-def generate(options: argparse.Namespace) -> None:
+def generate(options: argparse.Namespace) -> dict:
     progress(f"Loading {options.model}")
     go_offline_without_a_network(options.model)
     from prefixvlm.inference.asking import stream_answer
@@ -420,42 +518,73 @@ def generate(options: argparse.Namespace) -> None:
     from prefixvlm.inference.int8 import quantize_int8
     from prefixvlm.inference.loading import load
 
-    if missing := [name for name in options.image if not is_address(name) and not Path(name).is_file()]:
+    if missing := [name for name in options.image if not is_given(name) and not Path(name).is_file()]:
         raise ValueError(f"{missing[0]}: there is no such image.")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
+    if [*options.image, options.prompt].count(STDIN) > 1:
+        raise ValueError("stdin can be read once; give - for one image, or for the prompt.")
+    images = [sys.stdin.buffer.read() if name == STDIN else name for name in options.image]
+    prompt = sys.stdin.read().strip() if options.prompt == STDIN else options.prompt
+    if prompt == "" and options.prompt == STDIN:
+        raise ValueError("the prompt on stdin is empty.")
     model, processor = load(options.model, options.dtype, device=choose_device(options.device))
     if options.int8:
         quantize_int8(model)
-    pieces = stream_answer(model, processor, options.image, options.prompt, options.max_new_tokens)
-    with closing(pieces):  # also ends generation when nobody reads on
-        for piece in pieces:
+    started, said = time.perf_counter(), ""
+    with closing(stream_answer(model, processor, images, prompt, options.max_new_tokens)) as pieces:
+        for piece in pieces:  # closing them also ends generation when nobody reads on
+            said += piece
             print(piece, end="", flush=True)
     print()
+    seconds = time.perf_counter() - started
+    return {"images": options.image, "prompt": prompt, "text": said.strip(), "seconds": round(seconds, 3)}
 
 
-def is_address(image: str) -> bool:
-    """Whether an image is to be fetched, or given as base64, rather than opened."""
-    return image.startswith(("http://", "https://", "data:"))
+def is_given(image: str) -> bool:
+    """Whether an image is to be fetched, given as base64, or read from stdin, rather than opened."""
+    return image == STDIN or image.startswith(("http://", "https://", "data:"))
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def caption(options: argparse.Namespace) -> dict:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(options.model, options.data)
+    from prefixvlm.train.evaluation.captioning import run_captioning
+    from prefixvlm.train.recipes.evaluation import CaptionRun
+
+    found = run_captioning(settings_of(CaptionRun, options))
+    if is_main_process():
+        print(f"Saved {found['pictures']:,} rows to {found['saved']}", end="")
+        print(f"; {found['failed']:,} pictures cannot be used, see the column `error`" if found["failed"] else "")
+    return found
+
+
+def settings_of(kind, options: argparse.Namespace):
+    """The options of a command as settings of a kind, of whose fields they have the names.
+
+    Raises:
+        ValueError: naming the option whose value does not fit.
+    """
+    from prefixvlm.train.recipes.checking import SettingsError
+
+    try:
+        return kind(**{name: value for name, value in vars(options).items() if name in kind.model_fields})
+    except SettingsError as error:
+        raise ValueError(error.sentence(name=lambda path: f"--{path[0].replace('_', '-')}")) from error
+
+
+def evaluate(options: argparse.Namespace) -> dict:
     progress(f"Loading {options.model}")
     go_offline_without_a_network(
         options.model, getattr(options, "data", None), "a Hub id" if options.task == "pathvqa" else None
     )
     from prefixvlm.train.evaluation.evaluate import run_evaluation
-    from prefixvlm.train.recipes.checking import SettingsError
     from prefixvlm.train.recipes.evaluation import EvaluationRun
 
-    try:
-        run = EvaluationRun(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
-    except SettingsError as error:
-        raise ValueError(error.sentence(name=lambda path: f"--{path[0].replace('_', '-')}")) from error
-    run_evaluation(run)
+    return run_evaluation(settings_of(EvaluationRun, options))
 
 
-def text_loss(options: argparse.Namespace) -> None:
+def text_loss(options: argparse.Namespace) -> dict:
     progress(f"Loading {options.model}")
     go_offline_without_a_network(options.model)
     from prefixvlm.train.evaluation.text_loss import compare, save, table
@@ -468,11 +597,10 @@ def text_loss(options: argparse.Namespace) -> None:
     print(table(report))
     for path in save(report, folder) if folder else []:
         print(f"Saved to {path}")
+    return report
 
 
 def score(options: argparse.Namespace) -> None:
-    import json
-
     from prefixvlm.train.evaluation.caption_files import score_files
 
     metrics = None if options.metrics is None else [name.strip() for name in options.metrics.split(",")]
@@ -486,11 +614,13 @@ def masks(options: argparse.Namespace) -> None:
     print(f"Saved to {options.output}")
 
 
-def info(options: argparse.Namespace) -> None:
+def info(options: argparse.Namespace) -> dict:
     go_offline_without_a_network(None if options.model in ("paper", "tiny") else options.model)
-    from prefixvlm.info import describe
+    from prefixvlm.info import as_text, count
 
-    print(describe(options.model))
+    found = count(options.model)
+    print(as_text(found))
+    return found
 
 
 def push(options: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,10 +178,9 @@ def _shown(image) -> str:
     return text if len(text) <= 300 else f"{text[:60]}... ({len(text):,} characters)"
 
 
-def as_json(found: Inspection) -> str:
+def as_values(found: Inspection) -> dict:
     """All of it, but for `shown`."""
-    content = {name: value for name, value in vars(found).items() if name != "shown"}
-    return json.dumps(content, ensure_ascii=False, indent=2)
+    return {name: value for name, value in vars(found).items() if name != "shown"}
 
 
 def as_text(found: Inspection) -> str:

@@ -63,17 +63,22 @@ def _length(question: Conversation) -> tuple[int, int]:
 
 def _inputs(processor, questions: list[Conversation]):
     try:
-        return _prepared(processor, questions)
+        return prepared(processor, questions)
     except ValueError:
         for question in questions:
             try:
-                _prepared(processor, [question])
+                prepared(processor, [question])
             except ValueError as error:
                 raise ValueError(f"{question.name}: {error}") from error
         raise
 
 
-def _prepared(processor, questions: list[Conversation]):
+def prepared(processor, questions: list[Conversation]):
+    """A model's inputs for questions that are all captions, or all not.
+
+    Raises:
+        ValueError: for an image that cannot be opened.
+    """
     if _is_caption(questions[0]):
         return caption_inputs(processor, [question.images for question in questions])
     return prompt_inputs(processor, [question.messages() for question in questions])

@@ -66,6 +66,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]  # never the whole
 Dtype = Literal["float32", "bfloat16", "float16"]  # those of prefixvlm.inference.loading
 Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 PlainDict = Annotated[dict[str, Any], AfterValidator(refuse_not_finite)]  # whoever reads it checks the keys
 
 

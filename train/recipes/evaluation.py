@@ -145,3 +145,34 @@ class EvaluationRun(FinalEvaluation):
     dtype: Dtype = "float32"
     device: Text | None = None
     int8: bool = False
+
+
+class CaptionRun(Checked):
+    """The captions of many pictures, as `prefixvlm caption` makes them.
+
+    Attributes:
+        model: folder or Hub id.
+        data: a folder of pictures, one picture, or rows that name some: a file, folder, glob or Hub id.
+        output: the table, a .parquet, .jsonl or .csv file.
+        images: the folder of the images that rows name; by default beside `data`.
+        image: a row's key of the image; by default found out.
+        split: of the rows; by default the rows of a file are all taken, and of a data set the split `train`.
+        prompt: asks in these words; by default the image stands alone, as in stages 0 to 2.
+        num_beams, max_new_tokens, batch_size: as in `Decoding`.
+        dtype: of the weights; by default what is fast on the device.
+        device, int8: as in `EvaluationRun`.
+    """
+
+    model: Text
+    data: Text
+    output: Text
+    images: Text | None = None
+    image: Text | None = None
+    split: Text | None = None
+    prompt: Text | None = None
+    num_beams: AtLeastOne = 1
+    max_new_tokens: AtLeastOne = 64
+    batch_size: AtLeastOne = 32
+    dtype: Dtype | None = None
+    device: Text | None = None
+    int8: bool = False

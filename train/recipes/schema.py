@@ -26,6 +26,7 @@ from prefixvlm.train.recipes.checking import (
     Checked,
     DataSource,
     Dtype,
+    Names,
     NotNegative,
     Number,
     PlainDict,
@@ -282,7 +283,7 @@ class Recipe(Checked):
             and 1; 0 for no cache.
         lora: adapters to train in place of whole weights.
         logging_steps: log every N optimiser steps.
-        report_to: `none` or `tensorboard`.
+        report_to: a reporter that transformers knows (`tensorboard`, `wandb`, `mlflow`, ...), several, `all`, or `none`.
         test: what the finished model is evaluated on; `None` for nothing.
     """
 
@@ -300,7 +301,7 @@ class Recipe(Checked):
     feature_cache_gb: NotNegative = 0.0
     lora: LoraRecipe | None = None
     logging_steps: AtLeastOne = 10
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Names = ["none"]
     test: FinalEvaluation | None = None
 
     @model_validator(mode="after")

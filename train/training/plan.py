@@ -58,10 +58,10 @@ class MeasuredStep:
     activation_bytes: int
 
 
-def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = False) -> str:
-    """The plan of a recipe's stages as text. Trains nothing and writes nothing.
+def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = False) -> dict:
+    """The plan of a recipe's stages, in numbers and notes. Trains nothing and writes nothing.
 
-    Weights are not loaded: their values change neither counts nor times.
+    Weights are not loaded: their values change neither counts nor times. Memory is in bytes, time in seconds.
 
     Raises:
         ValueError: for stages that the recipe does not have, or a model whose shape cannot be read.
@@ -84,22 +84,33 @@ def plan(recipe: Recipe, only: list[int] | None = None, random_init: bool = Fals
             raise
         # the tokenizer is on the Hub; everything else about the paper's pair is built in
         model = PrefixVLMForConditionalGeneration(paper_config(model_recipe))
-    lines = [
-        f"Model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_image_tokens} image tokens."
-    ]
+    notes = []
     if processor is None:
-        lines.append(f"The tokenizer cannot be loaded here: {TEXT_TOKENS} text tokens per sample are assumed.")
+        notes.append(f"The tokenizer cannot be loaded here: {TEXT_TOKENS} text tokens per sample are assumed.")
     if recipe.bf16 and (note := bf16_note(device)):
-        lines.append(note)
-    total = 0.0
+        notes.append(note)
+    stages = {}
     for number in numbers:
         _announce(f"Stage {number}: measuring a step on {device}")
         size = _size(*sources[number], recipe.stages[number], processor, model.config.num_image_tokens)
-        text, seconds = _stage_plan(recipe, recipe.stages[number], model, size, device)
-        lines += ["", *text]
-        total += seconds or 0.0
-    if total:
-        lines += ["", f"In total: {duration(total)} on one device like this."]
+        stages[number] = _stage_plan(recipe, recipe.stages[number], model, size, device)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "image_tokens": model.config.num_image_tokens,
+        "device": device.type,
+        "notes": notes,
+        "stages": stages,
+        "seconds": sum(stage["seconds"] or 0.0 for stage in stages.values()),
+    }
+
+
+def as_text(found: dict) -> str:
+    """A plan as a page of text."""
+    lines = [f"Model: {found['parameters']:,} parameters, {found['image_tokens']} image tokens.", *found["notes"]]
+    for number, stage in found["stages"].items():
+        lines += ["", *_stage_lines(number, stage, found["device"])]
+    if found["seconds"]:
+        lines += ["", f"In total: {duration(found['seconds'])} on one device like this."]
     return "\n".join(lines)
 
 
@@ -195,8 +206,8 @@ def _some(samples) -> InMemory:
     return made
 
 
-def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize, device) -> tuple[list[str], float | None]:
-    """The lines about one stage, and its seconds where a step could be measured."""
+def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize, device) -> dict:
+    """The numbers of one stage; without those of a step if none could be measured, and then with the reason."""
     stage = stage_recipe.stage
     if recipe.lora:
         model = lora.add_adapters(copy.deepcopy(model), recipe.lora, stage)
@@ -205,49 +216,86 @@ def _stage_plan(recipe: Recipe, stage_recipe: StageRecipe, model, size: DataSize
     seen = (
         min(steps * stage.batch_size, size.rows * stage.epochs) if stage_recipe.max_steps < 0 else steps * stage.batch_size
     )
-    trainable = {m: sum(p.numel() for p in getattr(model, m).parameters() if p.requires_grad) for m in MODULES}
     flops = training_flops(model, stage.trains, size.images, size.tokens, size.tokens**2, size.supervised)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = sum(p.numel() * (p.element_size() + ADAM_BYTES) for p in model.parameters() if p.requires_grad)
     device_batch = min(stage_recipe.device_batch_size, stage.batch_size)
     measured = _measured(recipe, model, size, device, weights + state)
-    lines = [
-        f"Stage {stage.number}: {stage.attention_mode} attention, {stage.text_format}s"
-        + (f", {stage.noise:.0%} noise" if stage.noise else ""),
-        f"  rows        {size.rows:,} ({size.how})",
-        f"  tokens      {size.rows * size.tokens:,.0f} ({size.tokens:,.0f} per sample, {size.supervised:,.0f} supervised)",
-        f"  steps       {steps:,.0f} of {stage.batch_size} samples, {device_batch} at once",
-        "  trains      " + ", ".join(f"{m} {trainable[m]:,} at {stage.learning_rates[m]:g}" for m in MODULES),
-        f"  FLOPs       {flops * seen:.3g} ({flops / 1e9:,.0f} G per sample)",
-    ]
-    lines += _validation_plan(stage_recipe, size)
-    if isinstance(measured, str):
-        lines.append(f"  memory      {(weights + state) / GIB:.1f} GiB of weights, gradients and Adam, and activations")
-        lines.append(f"  time        not measured: {measured}")
-        return lines, None
-    activations = measured.activation_bytes * device_batch
-    seconds = seen * measured.seconds + steps * measured.optimizer_seconds
-    if stage_recipe.validation is not None:
-        evaluations = -(-steps // stage_recipe.validation.every_steps)
-        seconds += evaluations * size.held_out * measured.seconds / FORWARD_AND_BACKWARD
-    lines += [
-        f"  memory      {(weights + state + activations) / GIB:.1f} GiB ({weights / GIB:.1f} weights, {state / GIB:.1f} "
-        f"gradients and Adam, {activations / GIB:.1f} activations of {device_batch})",
-        f"  time        {duration(seconds)}, from one sample in {measured.seconds:.3g} s "
-        f"({flops / measured.seconds / 1e9:,.0f} GFLOP/s) and {measured.optimizer_seconds:.3g} s of Adam ({device.type})",
-    ]
-    return lines, seconds
-
-
-def _validation_plan(stage_recipe: StageRecipe, size: DataSize) -> list[str]:
-    """The line about a stage's validation, if it has one."""
     validation = stage_recipe.validation
+    found = {
+        "attention_mode": stage.attention_mode,
+        "text_format": stage.text_format,
+        "noise": stage.noise,
+        "rows": size.rows,
+        "rows_are": size.how,
+        "tokens_per_sample": size.tokens,
+        "supervised_per_sample": size.supervised,
+        "steps": steps,
+        "batch_size": stage.batch_size,
+        "device_batch_size": device_batch,
+        "trains": {
+            module: {
+                "parameters": sum(p.numel() for p in getattr(model, module).parameters() if p.requires_grad),
+                "learning_rate": stage.learning_rates[module],
+            }
+            for module in MODULES
+        },
+        "flops": flops * seen,
+        "flops_per_sample": flops,
+        "validation": validation and validation.model_dump(exclude={"data"}) | {"rows": size.held_out},
+        "weight_bytes": weights,
+        "state_bytes": state,
+        "seconds": None,
+    }
+    if isinstance(measured, str):
+        return found | {"not_measured": measured}
+    seconds = seen * measured.seconds + steps * measured.optimizer_seconds
+    if validation is not None:
+        evaluations = -(-steps // validation.every_steps)
+        seconds += evaluations * size.held_out * measured.seconds / FORWARD_AND_BACKWARD
+    return found | {
+        "activation_bytes": measured.activation_bytes * device_batch,
+        "sample_seconds": measured.seconds,
+        "optimizer_seconds": measured.optimizer_seconds,
+        "seconds": seconds,
+    }
+
+
+def _stage_lines(number: int, stage: dict, device: str) -> list[str]:
+    trains = (f"{module} {one['parameters']:,} at {one['learning_rate']:g}" for module, one in stage["trains"].items())
+    lines = [
+        f"Stage {number}: {stage['attention_mode']} attention, {stage['text_format']}s"
+        + (f", {stage['noise']:.0%} noise" if stage["noise"] else ""),
+        f"  rows        {stage['rows']:,} ({stage['rows_are']})",
+        f"  tokens      {stage['rows'] * stage['tokens_per_sample']:,.0f} ({stage['tokens_per_sample']:,.0f} per sample, "
+        f"{stage['supervised_per_sample']:,.0f} supervised)",
+        f"  steps       {stage['steps']:,.0f} of {stage['batch_size']} samples, {stage['device_batch_size']} at once",
+        "  trains      " + ", ".join(trains),
+        f"  FLOPs       {stage['flops']:.3g} ({stage['flops_per_sample'] / 1e9:,.0f} G per sample)",
+        *_validation_lines(stage["validation"]),
+    ]
+    weights, state = stage["weight_bytes"], stage["state_bytes"]
+    if "not_measured" in stage:
+        lines.append(f"  memory      {(weights + state) / GIB:.1f} GiB of weights, gradients and Adam, and activations")
+        return [*lines, f"  time        not measured: {stage['not_measured']}"]
+    activations, each = stage["activation_bytes"], stage["sample_seconds"]
+    return [
+        *lines,
+        f"  memory      {(weights + state + activations) / GIB:.1f} GiB ({weights / GIB:.1f} weights, {state / GIB:.1f} "
+        f"gradients and Adam, {activations / GIB:.1f} activations of {stage['device_batch_size']})",
+        f"  time        {duration(stage['seconds'])}, from one sample in {each:.3g} s "
+        f"({stage['flops_per_sample'] / each / 1e9:,.0f} GFLOP/s) and {stage['optimizer_seconds']:.3g} s of Adam ({device})",
+    ]
+
+
+def _validation_lines(validation: dict | None) -> list[str]:
+    """The line about a stage's validation, if it has one."""
     if validation is None:
         return []
-    rows = f"{size.held_out:,} rows held out" if size.held_out else "rows of its own"
-    what = [f"{rows}, measured every {validation.every_steps:,} steps"]
-    what += ["the best checkpoint is kept"] if validation.keep_best else []
-    what += [f"ends after {validation.patience} without a better one"] if validation.patience else []
+    rows = f"{validation['rows']:,} rows held out" if validation["rows"] else "rows of its own"
+    what = [f"{rows}, measured every {validation['every_steps']:,} steps"]
+    what += ["the best checkpoint is kept"] if validation["keep_best"] else []
+    what += [f"ends after {validation['patience']} without a better one"] if validation["patience"] else []
     return [f"  validation  {'; '.join(what)}"]
 
 

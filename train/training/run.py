@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.environment import bf16_note, choose_device, versions
@@ -30,11 +31,13 @@ from prefixvlm.train.data.screening import Report, Screening, encode_one, longes
 from prefixvlm.train.data.sources import described, is_stream, without_token
 from prefixvlm.train.evaluation import figures
 from prefixvlm.train.evaluation.tasks import spread
+from prefixvlm.train.recipes.checking import did_you_mean
 from prefixvlm.train.recipes.schema import MAX_SEED, Recipe, StageRecipe
 from prefixvlm.train.training import checkpoints, lora
 from prefixvlm.train.training.checkpoints import complete_or_absent, partial_folder, processes
 from prefixvlm.train.training.evaluation_callback import EvaluateByGeneration
 from prefixvlm.train.training.final_evaluation import evaluate_finished, final_evaluation
+from prefixvlm.train.training.interruption import Interruptions, SaveWhenInterrupted
 from prefixvlm.train.training.progress import ProgressLines
 from prefixvlm.train.training.starting_model import build, load_start, refuse_random_start
 from prefixvlm.train.training.trainer import StageTrainer
@@ -43,6 +46,8 @@ from prefixvlm.train.training.validation import LOSS, EarlyStopping, KeepBest, M
 RECORD = "run.json"
 NEVER = 10**9  # evaluations: for checkpoints that `KeepBest` times
 GIGABYTE = 10**9
+# the modules of which a reporter needs one, where they have another name
+REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
 
 
 def stage_folder(output: Path, number: int) -> Path:
@@ -108,23 +113,43 @@ def run_recipe(
         if model is None:
             model, processor = _load(recipe, start)
         stage = _StageRun(recipe, number, *opened[number], settings[number], screening, resume, overwrite)
-        model = stage.train(model, processor, start, evaluations.get(number))
+        with Interruptions() as interruptions:
+            saves = SaveWhenInterrupted(interruptions, number)
+            model = stage.train(model, processor, start, evaluations.get(number), saves)
         start = str(stage.folder)
         if processes().is_main_process and overwrite:  # they came from what is replaced: `resume` must not keep them
             for later in chosen[chosen.index(number) + 1 :]:
                 shutil.rmtree(stage_folder(output, later), ignore_errors=True)
+        interruptions.end_if_asked(f"after stage {number}, which is finished")
     evaluate_finished(test, is_new=True)
     return stage_folder(output, chosen[-1])
 
 
+def records(recipe: Recipe, only: list[int] | None = None) -> dict[int, dict]:
+    """What run.json says of each finished stage."""
+    folders = {number: stage_folder(Path(recipe.output), number) for number in chosen_stages(recipe, only)}
+    return {number: json.loads((folder / RECORD).read_text(encoding="utf-8")) for number, folder in folders.items()}
+
+
 def _refuse_missing_packages(recipe: Recipe) -> None:
     """Raises a ValueError for what a recipe needs and is not installed, before anything else takes time."""
-    if recipe.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise ValueError("report_to: tensorboard needs tensorboard; run: pip install tensorboard")
+    for name in recipe.report_to:
+        _refuse_missing_report(name)
     if recipe.lora:
         lora.refuse_without_peft()
         if recipe.lora.quantize:
             quantization(recipe.lora.quantize, torch.float32)
+
+
+def _refuse_missing_report(name: str) -> None:
+    """Raises a ValueError for a reporter that transformers does not know, or whose package is not there."""
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise ValueError(f"report_to is {name!r}; {did_you_mean(name, ['none', 'all', *INTEGRATION_TO_CALLBACK])}")
+    modules = REPORTERS.get(name, (name,))
+    if not any(map(find_spec, modules)):
+        raise ValueError(f"report_to: {name} needs {modules[0]}; run: pip install {modules[0].replace('_', '-')}")
 
 
 def _starting_model(recipe: Recipe, before: list[int], first: int, sources: dict, random_init: bool):
@@ -249,7 +274,9 @@ class _StageRun:
             _say(f"Stage {number} resumes from {self.checkpoint}.")
         self.record = _record(settings, recipe)
 
-    def train(self, model, processor, start: str | None, evaluation: EvaluateByGeneration | None):
+    def train(
+        self, model, processor, start: str | None, evaluation: EvaluateByGeneration | None, saves: SaveWhenInterrupted
+    ):
         """Trains the stage; returns its model, or `None` if it is only in `folder`.
 
         Args:
@@ -301,7 +328,7 @@ class _StageRun:
                 validation=validation,
             )
             trainer.remove_callback(PrinterCallback)
-            for callback in (ProgressLines(), *_validation_callbacks(self.recipe_of_stage, recipe)):
+            for callback in (ProgressLines(), *_validation_callbacks(self.recipe_of_stage, recipe), saves):
                 trainer.add_callback(callback)
             # which transformers 5's trainer would leave switched off in all that is saved
             vars(model.config).pop("use_cache", None)

@@ -14,7 +14,8 @@ from prefixvlm.cli import main
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.evaluation import predictions
 from prefixvlm.train.evaluation.answering import Decoding
-from prefixvlm.train.evaluation.predictions import PREDICTIONS, SETTINGS, evaluate, read_predictions
+from prefixvlm.train.evaluation.kept_answers import SETTINGS
+from prefixvlm.train.evaluation.predictions import PREDICTIONS, evaluate, read_predictions
 from prefixvlm.train.evaluation.tasks import Example
 
 PROCESSOR = tiny_processor()

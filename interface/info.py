@@ -51,13 +51,14 @@ def as_text(found: dict) -> str:
     lines += [
         f"{'total':<16}{sum(found['parameters'].values()):>14,}{900:>8} M",
         "",
-        f"Projector: {' -> '.join(map(str, found['projector']))}. The paper "
-        "names two layers and 18 M parameters, not the width between: 8960 gives 18.36 M, the text width 896 gives 1.84 M.",
-        f"Image tokens: {found['image_tokens']} ({found['image_size']} pixels, patches of {found['patch_size']}{compression}).",
+        f"Projector: {' -> '.join(map(str, found['projector']))}. The paper names two layers and 18 M parameters, not the "
+        "width between: 8960 gives 18.36 M, the text width 896 gives 1.84 M.",
+        f"Image tokens: {found['image_tokens']} ({found['image_size']} pixels, patches of "
+        f"{found['patch_size']}{compression}).",
         f"Attention: {found['attention_mode']}.",
         "",
-        f"FLOPs of one training sample, an image and {found['text_tokens']} text tokens (2 a weight and token forward, 2 more "
-        "where gradients run back, 2 more where weights train; attention scores counted in full):",
+        f"FLOPs of one training sample, an image and {found['text_tokens']} text tokens (2 a weight and token forward, 2 "
+        "more where gradients run back, 2 more where weights train; attention scores counted in full):",
         *(f"  stage {number}: {flops / 1e9:,.1f} GFLOPs" for number, flops in found["training_flops"].items()),
     ]
     return "\n".join(lines)

@@ -27,7 +27,7 @@ from prefixvlm.train.data.forms import FORMS
 from prefixvlm.train.data.pictures import PictureFinder
 from prefixvlm.train.data.rows import RowStream, read_rows
 from prefixvlm.train.evaluation.answering import prepared
-from prefixvlm.train.evaluation.kept_answers import KeptAnswers
+from prefixvlm.train.evaluation.kept_answers import KeptAnswers, identity_of_weights
 from prefixvlm.train.recipes.evaluation import CaptionRun
 
 COLUMNS = ("image", "caption", "error")
@@ -119,8 +119,8 @@ def run_captioning(run: CaptionRun) -> dict:
         How many rows the table has, and how many of them have no caption.
 
     Raises:
-        ValueError: for pictures that cannot be found, an output of another kind than `SUFFIXES`, one that is there, or what an
-            interrupted run with other settings has left.
+        ValueError: for pictures that cannot be found, an output of another kind than `SUFFIXES`, one that is there, or what
+            an interrupted run with other settings has left.
     """
     output = Path(run.output)
     if output.suffix not in SUFFIXES:
@@ -130,8 +130,13 @@ def run_captioning(run: CaptionRun) -> dict:
     pictures = _pictures(run)
     if not len(pictures):
         raise ValueError(f"{run.data} has no pictures.")
-    processes = PartialState(cpu=choose_device(run.device).type == "cpu")
+    device = choose_device(run.device)
+    processes = PartialState(cpu=device.type == "cpu")
+    model, processor = load(run.model, run.dtype, device=device if processes.num_processes == 1 else processes.device)
+    if run.int8:
+        quantize_int8(model)
     settings = run.model_dump(exclude={"output", "device", "batch_size"}) | {"pictures": len(pictures)}
+    settings["weights"] = identity_of_weights(run.model, model)
     kept: KeptAnswers[Captioned] = KeptAnswers(output.with_name(output.name + ".partial"), "captions", _parsed)
     kept.refuse_another(settings)
     processes.wait_for_everyone()
@@ -144,7 +149,7 @@ def run_captioning(run: CaptionRun) -> dict:
     mine = waiting[processes.process_index :: processes.num_processes]
     processes.wait_for_everyone()
     with kept.file(processes.process_index).open("a", encoding="utf-8") as file:
-        for index, captioned in _captioned(run, pictures, mine, processes):
+        for index, captioned in _captioned(model, processor, run, pictures, mine, processes.is_main_process):
             file.write(_line(index, captioned))
             file.flush()
     processes.wait_for_everyone()
@@ -175,17 +180,15 @@ def _has_rows(folder: str) -> bool:
     return True
 
 
-def _captioned(run: CaptionRun, pictures: Pictures, mine: list[int], processes) -> Iterator[tuple[int, Captioned]]:
+def _captioned(
+    model, processor, run: CaptionRun, pictures: Pictures, mine: list[int], show_progress: bool
+) -> Iterator[tuple[int, Captioned]]:
     """Yields a picture's index and row as they are done; the next batch is read while the model works on one."""
     if not mine:
         return
-    device = choose_device(run.device) if processes.num_processes == 1 else processes.device
-    model, processor = load(run.model, run.dtype, device=device)
-    if run.int8:
-        quantize_int8(model)
     decoding = {"num_beams": run.num_beams, "max_new_tokens": run.max_new_tokens}
     batches = [mine[start : start + run.batch_size] for start in range(0, len(mine), run.batch_size)]
-    bar = tqdm(total=len(mine), desc="Captioning", unit=" pictures", disable=None if processes.is_main_process else True)
+    bar = tqdm(total=len(mine), desc="Captioning", unit=" pictures", disable=None if show_progress else True)
     with bar, ThreadPoolExecutor(1) as reader:
         following = reader.submit(_read, pictures, batches[0], processor, run.prompt)
         for number, batch in enumerate(batches):
@@ -246,8 +249,6 @@ def _write(output: Path, rows: list[Captioned]) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        columns = {
-            name: pyarrow.array([row[place] for row in rows], pyarrow.string()) for place, name in enumerate(COLUMNS)
-        }
-        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
+        schema = pyarrow.schema([(name, pyarrow.string()) for name in COLUMNS])  # also of a column without any text
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row._asdict() for row in rows], schema), partial)
     os.replace(partial, output)

@@ -11,6 +11,7 @@ from prefixvlm.inference.int8 import quantize_int8
 from prefixvlm.inference.loading import load
 from prefixvlm.train.evaluation import paper_results
 from prefixvlm.train.evaluation.gallery import refuse_without_matplotlib, save_gallery
+from prefixvlm.train.evaluation.kept_answers import identity_of_weights
 from prefixvlm.train.evaluation.predictions import METRICS, PREDICTIONS, evaluate, read_predictions, scorer
 from prefixvlm.train.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Example, load_examples, spread
 from prefixvlm.train.recipes.evaluation import EvaluationRun
@@ -41,7 +42,7 @@ def run_evaluation(run: EvaluationRun) -> dict:
         quantize_int8(network)
     settings = {
         "model": run.model,
-        "weights": _identity(run.model, network),
+        "weights": identity_of_weights(run.model, network),
         "dtype": run.dtype,
         "int8": run.int8,
         "task": run.task,
@@ -95,12 +96,3 @@ def _plain(report: dict) -> str:
         else:
             lines.append(f"{name:<16} {value:>6,}")
     return "\n".join([*lines, "Scores are times 100, with 95% intervals."])
-
-
-def _identity(name: str, model) -> list:
-    """What changes when the weights do: a Hub commit, or the files' sizes and times."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return [getattr(model.config, "_commit_hash", None)]
-    files = sorted(folder.glob("*.safetensors*"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -81,3 +81,12 @@ class KeptAnswers(Generic[Answer]):
             if parsed is not None:
                 found[parsed[0]] = parsed[1]
         return found
+
+
+def identity_of_weights(name: str, model) -> list:
+    """What changes when the weights do: a Hub commit, or the files' sizes and times."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return [getattr(model.config, "_commit_hash", None)]
+    files = sorted(folder.glob("*.safetensors*"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

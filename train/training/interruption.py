@@ -1,4 +1,4 @@
-"""Ctrl-C, and the SIGTERM of a scheduler, while a stage trains: the step is finished and a checkpoint saved before the end."""
+"""Ctrl-C, and the SIGTERM of a scheduler, while a stage trains: the step is finished, and a checkpoint saved."""
 
 import os
 import signal

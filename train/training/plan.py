@@ -284,7 +284,8 @@ def _stage_lines(number: int, stage: dict, device: str) -> list[str]:
         f"  memory      {(weights + state + activations) / GIB:.1f} GiB ({weights / GIB:.1f} weights, {state / GIB:.1f} "
         f"gradients and Adam, {activations / GIB:.1f} activations of {stage['device_batch_size']})",
         f"  time        {duration(stage['seconds'])}, from one sample in {each:.3g} s "
-        f"({stage['flops_per_sample'] / each / 1e9:,.0f} GFLOP/s) and {stage['optimizer_seconds']:.3g} s of Adam ({device})",
+        f"({stage['flops_per_sample'] / each / 1e9:,.0f} GFLOP/s) and {stage['optimizer_seconds']:.3g} s of Adam "
+        f"({device})",
     ]
 
 

@@ -1,5 +1,7 @@
 """The command line: right answers, and one clear line with exit code 2 for anything else."""
 
+import base64
+import io
 import json
 import shutil
 import subprocess
@@ -7,15 +9,18 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, tiny_processor
 
+from prefixvlm import __version__
 from prefixvlm.cli import EXTRAS, main, missing_package, one_line, parser
 from prefixvlm.inference.int8 import Int8Linear
 from prefixvlm.train.evaluation import predictions, tasks
 from prefixvlm.train.evaluation.tasks import MAX_NEW_TOKENS
-from prefixvlm.train.recipes.evaluation import TASK_NAMES, EvaluationRun
+from prefixvlm.train.recipes.evaluation import TASK_NAMES, CaptionRun, EvaluationRun
 
 EVALUATE = ["evaluate", "{saved}", "--output", "{saved}/evaluated", "--task"]
 
@@ -83,8 +88,16 @@ def test_every_setting_of_an_evaluation_has_its_option():
         word for option in numbers for word in (option, "1")
     ]
     options = vars(parser().parse_args([*needed, *arguments, "--int8", "--table"]))
-    assert options.keys() - {"command", "run"} == EvaluationRun.model_fields.keys()
-    assert vars(parser().parse_args(needed)).keys() - {"command", "run"} == {"model", "task", "output"}
+    of_commands = {"command", "run", "goes_on", "json"}
+    assert options.keys() - of_commands == EvaluationRun.model_fields.keys()
+    assert vars(parser().parse_args(needed)).keys() - of_commands == {"model", "task", "output"}
+
+
+def test_every_setting_of_captioning_has_its_option():
+    given = ["images", "image", "split", "prompt", "num-beams", "max-new-tokens", "batch-size", "dtype", "device"]
+    arguments = [word for option in given for word in (f"--{option}", "1")]
+    options = vars(parser().parse_args(["caption", "model", "data", "--output", "there", *arguments, "--int8", "--json"]))
+    assert options.keys() - {"command", "run", "goes_on", "json"} == CaptionRun.model_fields.keys()
 
 
 @pytest.mark.slow
@@ -437,3 +450,117 @@ def test_demo_without_gradio_says_what_to_install(saved, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", str(saved)]) == 2
     assert "pip install 'prefixvlm[demo]'" in capsys.readouterr().err
+
+
+def test_the_version_names_what_is_below(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"prefixvlm {__version__} (torch {torch.__version__.partition('+')[0]}")
+    assert f"transformers {transformers.__version__}" in said
+
+
+def exit_code(arguments) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as error:  # argparse's
+        return error.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian", "paper"], "there is no command trian; did you mean 'train'?"),
+        (["frobnicate"], "there is no command frobnicate; choose one of quickstart, train, "),
+        (["masks", "--ouptut", "x.png"], "unrecognized arguments: --ouptut x.png; did you mean --output?"),
+        (["masks", "--frobnicate"], "unrecognized arguments: --frobnicate\n"),
+        (["train", "quickstart", "--max-stepps=3"], "--max-stepps=3; did you mean --max-steps?"),
+        (["train", "quickstart", "stages.2.epoch=3"], "unknown key epoch; did you mean 'epochs'?"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_recognised(arguments, sentence, capsys):
+    assert exit_code(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_overrides_of_a_recipe_are_shown_as_optional(capsys):
+    for command in ("train", "quickstart"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "[key=value ...]" in " ".join(capsys.readouterr().out.split())
+
+
+def stdin(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def test_an_image_or_a_prompt_may_come_from_stdin(saved, monkeypatch, capsys):
+    photo = saved / "photo.png"
+    generate = ["generate", str(saved), "--max-new-tokens", "4", "--dtype", "float32"]
+    assert main([*generate, "--image", str(photo), "--prompt", "what?"]) == 0
+    expected = capsys.readouterr().out
+    stdin(monkeypatch, photo.read_bytes())
+    assert main([*generate, "--image", "-", "--prompt", "what?"]) == 0
+    assert capsys.readouterr().out == expected
+    stdin(monkeypatch, b"what?\n")
+    assert main([*generate, "--image", str(photo), "--prompt", "-"]) == 0
+    assert capsys.readouterr().out == expected
+    data = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
+    assert main([*generate, "--image", data, "--prompt", "what?"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--image", "-", "--prompt", "-"], "stdin can be read once"),
+        (["--image", "{photo}", "--prompt", "-"], "the prompt on stdin is empty"),
+        (["--image", "-"], "image"),
+    ],
+)
+def test_a_stdin_that_cannot_be_used_is_one_line(saved, options, sentence, monkeypatch, capsys):
+    stdin(monkeypatch, b"")
+    options = [option.format(photo=saved / "photo.png") for option in options]
+    assert main(["generate", str(saved), "--max-new-tokens", "4", *options]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (["info", "tiny"], {"parameters", "image_tokens", "training_flops"}),
+        (["generate", "{saved}", "--image", "{saved}/photo.png", "--max-new-tokens", "3"], {"images", "prompt", "text"}),
+        (
+            ["evaluate", "{saved}", "--task", "vqa", "--data", "{saved}/rows.json", "--output", "{out}"],
+            {"scores", "intervals", "versions"},
+        ),
+        (["text-loss", "--model", "{saved}", "--text", "a={saved}/rows.json:question"], {"sets", "pairs"}),
+        (["caption", "{saved}", "{saved}/photo.png", "--output", "{out}.csv"], {"saved", "pictures", "failed"}),
+    ],
+)
+def test_json_is_all_that_is_printed(saved, arguments, keys, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*(one.format(saved=saved, out=out) for one in arguments), "--json"]) == 0
+    assert keys <= json.loads(capsys.readouterr().out).keys()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_completes_commands_options_and_files(shell, capsys):
+    pytest.importorskip("shtab", reason="the extra [completion] is not installed")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "quickstart" in script
+    assert "max-new-tokens" in script
+
+
+def test_bash_can_read_its_completion(capsys, tmp_path):
+    pytest.importorskip("shtab", reason="the extra [completion] is not installed")
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    main(["completion", "bash"])
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    asks = f'source {script}; COMP_WORDS=(prefixvlm quick); COMP_CWORD=1; _shtab_prefixvlm; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run([bash, "-c", asks], capture_output=True, text=True)
+    assert done.stdout.split() == ["quickstart"], done.stderr

@@ -17,7 +17,6 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.asking import generate_texts
 from prefixvlm.inference.environment import choose_device
 from prefixvlm.inference.int8 import quantize_int8
@@ -155,7 +154,7 @@ def run_captioning(run: CaptionRun) -> dict:
     processes.wait_for_everyone()
     found = kept.read() if not processes.is_main_process else kept.gather(_line)
     if processes.is_main_process:
-        _write(output, [found[index] for index in range(len(pictures))])
+        _write(output, kept.folder, [found[index] for index in range(len(pictures))])
         shutil.rmtree(kept.folder)
     processes.wait_for_everyone()
     failed = sum(one.error is not None for one in found.values())
@@ -235,20 +234,19 @@ def _parsed(row: dict) -> tuple[int, Captioned]:
     return row["index"], Captioned(*(row[name] for name in COLUMNS))
 
 
-def _write(output: Path, rows: list[Captioned]) -> None:
-    if output.suffix == ".jsonl":
-        write_atomically(output, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows))
-        return
-    partial = output.with_name(output.name + ".partial") / output.name
-    if output.suffix == ".csv":
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
-    else:
+def _write(output: Path, folder: Path, rows: list[Captioned]) -> None:
+    """Writes the table, in a folder first, so that it is whole or absent."""
+    partial = folder / output.name
+    if output.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
         schema = pyarrow.schema([(name, pyarrow.string()) for name in COLUMNS])  # also of a column without any text
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row._asdict() for row in rows], schema), partial)
+    else:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            if output.suffix == ".csv":
+                csv.writer(file).writerows([COLUMNS, *rows])
+            else:
+                file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
     os.replace(partial, output)

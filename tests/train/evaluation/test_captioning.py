@@ -14,7 +14,6 @@ from prefixvlm.inference.loading import load
 from prefixvlm.train.evaluation import captioning
 
 TOKENS = 5
-COLORS = ("red", "green", "blue", "white", "gray")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def saved(tmp_path_factory):
 def photos(tmp_path):
     """Five pictures in folders, and a sixth that is none."""
     folder = tmp_path / "photos"
-    for number, color in enumerate(COLORS):
+    for number in range(5):
         path = folder / f"{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((20, 20), 50 + number).convert("RGB").save(path)
@@ -78,7 +77,13 @@ def test_a_folder_of_pictures(saved, photos, tmp_path, suffix, capsys):
 
 def test_rows_that_name_pictures_and_a_question(saved, photos, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    given = [{"shot": "0/0.png"}, {"shot": "gone.png"}, {"shot": None}, {"shot": "1/1.png"}, {"shot": ["0/2.png", "0/4.png"]}]
+    given = [
+        {"shot": "0/0.png"},
+        {"shot": "gone.png"},
+        {"shot": None},
+        {"shot": "1/1.png"},
+        {"shot": ["0/2.png", "0/4.png"]},
+    ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in given))
     table = tmp_path / "said.jsonl"
     options = ["--images", str(photos), "--image", "shot", "--prompt", "what?"]

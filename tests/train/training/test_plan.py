@@ -50,6 +50,10 @@ def test_a_dry_run_counts_and_writes_nothing(rows, capsys, monkeypatch):
     assert out.count("time ") == 2
     assert "not measured" not in out
     assert not (rows.parent / "out").exists()
+    assert main(["train", str(rows.parent / "recipe.yaml"), "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["steps"] for stage in found["stages"].values()] == [16, 3]
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"].values()))
 
 
 def test_the_paper_recipe_is_planned_without_the_hub(monkeypatch, capsys):

@@ -156,6 +156,29 @@ def test_tensorboard_that_is_missing_is_named_before_anything_runs(recipe, monke
         run.run_recipe(recipe)
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("wand", r"^report_to is 'wand'; did you mean 'wandb'\?$"),
+        (["tensorboard", "clearml"], "^report_to: clearml needs clearml; run: pip install clearml$"),
+        ("flyte", "^report_to: flyte needs flytekit; run: pip install flytekit$"),
+    ],
+)
+def test_a_reporter_that_cannot_be_had_is_named(recipe, given, sentence, monkeypatch):
+    find_spec = run.find_spec
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name in ("clearml", "flytekit") else find_spec(name))
+    recipe.report_to = given
+    with pytest.raises(ValueError, match=sentence):
+        run.run_recipe(recipe)
+
+
+def test_reporters_of_transformers_are_handed_on(recipe, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    recipe.report_to = ["tensorboard"]
+    last = run.run_recipe(recipe, only=[0])
+    assert list(last.rglob("events.out.tfevents*"))
+
+
 @pytest.mark.parametrize("key", ["tokenizer", "image_mean", "image_std"])
 def test_pretrained_backbones_bring_their_own_tokenizer_and_scale(recipe, key):
     value = "some/tokenizer" if key == "tokenizer" else [0.5] * 3

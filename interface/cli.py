@@ -332,6 +332,16 @@ def parser() -> Parser:
     command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
     add_json(command)
 
+    command = add("chat", chat, "ask on and on about pictures, each read once; lines come from the keyboard or stdin")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    command.add_argument("--image", action="append", default=[], metavar="FILE", help="with the first question; repeat it")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
+    command.add_argument("--temperature", type=float, metavar="T", help="draw words at random (default: the likeliest)")
+    command.add_argument("--seed", type=int, metavar="N", help="draws them (default: 0)")
+    command.add_argument("--dtype", metavar="NAME", help="of the weights (default: bfloat16 where it is fast, or float32)")
+    add_device(command)
+    command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
+
     command = add("caption", caption, "caption many pictures into a table, in as many processes as accelerate starts")
     command.argument_default = argparse.SUPPRESS  # defaults are CaptionRun's
     command.set_defaults(goes_on="the same command goes on from there")
@@ -518,18 +528,17 @@ def merge(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> dict:
     progress(f"Loading {options.model}")
     go_offline_without_a_network(options.model)
+    from prefixvlm.chat import existing
     from prefixvlm.inference.asking import stream_answer
     from prefixvlm.inference.environment import choose_device
     from prefixvlm.inference.int8 import quantize_int8
     from prefixvlm.inference.loading import load
 
-    if missing := [name for name in options.image if not is_given(name) and not Path(name).is_file()]:
-        raise ValueError(f"{missing[0]}: there is no such image.")
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
+    images: list = [image if image == STDIN else existing(image) for image in options.image]
+    refuse_no_tokens(options)
     if [*options.image, options.prompt].count(STDIN) > 1:
         raise ValueError("stdin can be read once; give - for one image, or for the prompt.")
-    images = [sys.stdin.buffer.read() if name == STDIN else name for name in options.image]
+    images = [sys.stdin.buffer.read() if image == STDIN else image for image in images]
     prompt = sys.stdin.read().strip() if options.prompt == STDIN else options.prompt
     if prompt == "" and options.prompt == STDIN:
         raise ValueError("the prompt on stdin is empty.")
@@ -546,9 +555,39 @@ def generate(options: argparse.Namespace) -> dict:
     return {"images": options.image, "prompt": prompt, "text": said.strip(), "seconds": round(seconds, 3)}
 
 
-def is_given(image: str) -> bool:
-    """Whether an image is to be fetched, given as base64, or read from stdin, rather than opened."""
-    return image == STDIN or image.startswith(("http://", "https://", "data:"))
+def chat(options: argparse.Namespace) -> None:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(options.model)
+    import torch
+
+    from prefixvlm.chat import Terminal, existing
+    from prefixvlm.inference.chat import Chat
+    from prefixvlm.inference.environment import choose_device
+    from prefixvlm.inference.int8 import quantize_int8
+    from prefixvlm.inference.loading import load
+
+    images = [existing(image) for image in options.image]
+    refuse_no_tokens(options)
+    drawn = {}
+    if options.temperature is not None:
+        if options.temperature <= 0:
+            raise ValueError(f"--temperature is {options.temperature:g}; it must be greater than 0.")
+        drawn = {"do_sample": True, "temperature": options.temperature}
+        torch.manual_seed(options.seed or 0)
+    elif options.seed is not None:
+        raise ValueError("--seed draws words; say by --temperature that they are drawn.")
+    model, processor = load(options.model, options.dtype, device=choose_device(options.device))
+    if options.int8:
+        quantize_int8(model)
+    failed = Terminal(Chat(model, processor), images, max_new_tokens=options.max_new_tokens, **drawn).run()
+    if failed and not sys.stdin.isatty():
+        raise ValueError(f"{failed:,} lines could not be used.")
+
+
+def refuse_no_tokens(options: argparse.Namespace) -> None:
+    """Raises a ValueError for a number of new tokens that allows no answer."""
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
 
 
 def caption(options: argparse.Namespace) -> dict:

@@ -66,7 +66,7 @@ def test_what_cannot_be_used_is_told_and_the_rest_is_answered(saved, monkeypatch
     assert chat(monkeypatch, saved, lines) == 2
     out, error = capsys.readouterr()
     assert out == expected(saved, ("what?", []))[0] + "\n"
-    told = [line.removeprefix("prefixvlm chat: ") for line in error.splitlines()[1:]]
+    told = [line.partition("chat: ")[2] for line in error.splitlines() if line.startswith("prefixvlm chat: ")]
     assert told[0] == "gone.png: there is no such image."
     assert told[1] == "there is no command /imagine; /help names them."
     assert told[2] == "/image needs a file."

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -39,12 +39,14 @@ IMAGE_PARTS = ("image", "image_url")  # of a message
 
 # the arguments that transformers accepts for tokenizers and image processors
 TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__) | {"return_tensors"}
+TEXT_KWARGS |= {"return_text_replacement_offsets"}  # which 4.x does not know
 IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__) | {"do_convert_rgb"}
 # dictionaries of arguments
 KWARGS_GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs")
 # of the tokenizer's arguments, those that are used here
 USED_TEXT_KWARGS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
 USED_TEXT_KWARGS |= {"return_attention_mask", "return_mm_token_type_ids", "return_tensors", "verbose"}
+USED_TEXT_KWARGS |= {"return_text_replacement_offsets"}
 RENDERING_KWARGS = ("add_generation_prompt", "continue_final_message")  # used outside of the template
 
 
@@ -126,6 +128,18 @@ class PrefixVLMProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    if not hasattr(ProcessorMixin, "image_token_ids"):  # which 5.x has
+
+        @property
+        def image_token_ids(self) -> list[int]:
+            """The tokens that stand for images, as inference engines ask for them."""
+            return [self.image_token_id]
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """How many tokens images (height, width) take, and into how many pieces they are cut, as vLLM asks for it."""
+        count = len(image_sizes or [])
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
     @property
     def model_input_names(self):
         return ["input_ids", "attention_mask", "pixel_values"]
@@ -147,7 +161,8 @@ class PrefixVLMProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if requested; one
             text gives a batch of one, as with the processors of transformers. `return_mm_token_type_ids` adds
-            `mm_token_type_ids` (B, T), 1 at images.
+            `mm_token_type_ids` (B, T), 1 at images; `return_text_replacement_offsets` adds where the images stand in
+            each text, as processors of transformers 5 say it.
 
         Raises:
             ValueError: for an unusable image, a text with image tokens but not one for each of its images, a `max_length`
@@ -174,7 +189,21 @@ class PrefixVLMProcessor(ProcessorMixin):
                 start = bos if bos and bos != TURN_START_TOKEN and sample.startswith(bos) else ""
                 texts[index] = start + self.image_token * len(group) + sample.removeprefix(start)
         samples = [[(sample, True)] for sample in texts]
-        return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
+        encoded = self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
+        if text_kwargs.get("return_text_replacement_offsets"):
+            encoded["text_replacement_offsets"] = [self._replacements(sample) for sample in texts]
+        return encoded
+
+    def _replacements(self, text: str) -> list[dict]:
+        """Where the images stand in a text, and where their tokens will: `span` and `new_span`, (start, end) in characters."""
+        expanded = self.image_token * self.num_image_tokens
+        found = []
+        for match in self._control_tokens().find(text):
+            if match[0] == self.image_token:
+                start = match.start() + len(found) * (len(expanded) - len(self.image_token))
+                spans = {"span": match.span(), "new_span": (start, start + len(expanded))}
+                found.append({"type": "image", "text": self.image_token, "replacement": expanded, **spans})
+        return found
 
     def apply_chat_template(
         self,

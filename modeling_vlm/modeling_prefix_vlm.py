@@ -229,8 +229,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         engine = text._attn_implementation
         if engine in ENGINES and config.attention_mode not in ENGINES[engine]:
             raise ValueError(
-                f"{engine} makes the attention mask by itself, and can make that of {' or '.join(ENGINES[engine])}, but this "
-                f"model's attention_mode is {config.attention_mode}; serve it with `prefixvlm serve`."
+                f"{engine} makes the attention mask by itself, and can make that of {' or '.join(ENGINES[engine])}, but "
+                f"this model's attention_mode is {config.attention_mode}; serve it with `prefixvlm serve`."
             )
         if engine in ENGINES and type(self) is PrefixVLMModel:
             language_model.set_output_embeddings(nn.Identity())  # the engine has a head of its own

@@ -195,7 +195,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         return encoded
 
     def _replacements(self, text: str) -> list[dict]:
-        """Where the images stand in a text, and where their tokens will: `span` and `new_span`, (start, end) in characters."""
+        """Where the images stand in a text, and where their tokens will: `span` and `new_span`, (start, end) characters."""
         expanded = self.image_token * self.num_image_tokens
         found = []
         for match in self._control_tokens().find(text):

@@ -7,9 +7,6 @@ import json
 import sys
 
 import torch
-
-sys.modules["prefixvlm"] = None  # an engine does not know us
-
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -126,6 +123,7 @@ def sglang(folder: str) -> dict:
 
 
 def main(job: dict) -> None:
+    sys.modules["prefixvlm"] = None  # an engine does not know us
     transformers.logging.set_verbosity_error()
     found: dict[str, dict] = {}
     for engine, opened in (("vllm", vllm), ("sglang", sglang)):

@@ -244,6 +244,11 @@ class PrefixVLMConfig(PretrainedConfig):
         return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     @property
+    def custom_pipelines(self) -> dict[str, dict]:
+        """Pipelines that come with the model, anew each time: transformers writes classes into what it is given."""
+        return {"image-to-text": {"impl": "pipeline_prefix_vlm.PrefixVLMPipeline", "pt": ["AutoModelForImageTextToText"]}}
+
+    @property
     def is_mm_prefix_lm(self) -> bool:
         """Whether the tokens of an image attend to each other in both directions, by the name under which vLLM asks."""
         return self.attention_mode == "prefix"

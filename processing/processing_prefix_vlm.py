@@ -153,7 +153,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         Args:
             images: one image, a list (distributed to the texts in order), or a list of lists, one for each text; in any
                 form that `load_image` opens.
-            text: one text or a list.
+            text: one text or a list; or one conversation, to be answered or, if it ends with an answer, continued.
             return_labels: also return labels, the ids of all text tokens, -100 at images and padding.
             kwargs: those of the tokenizer and the image processor (`padding`, `return_tensors`, ...), also by modality
                 (`text_kwargs`, `images_kwargs`). As in transformers, defaults are those stored with the tokenizer.
@@ -171,6 +171,12 @@ class PrefixVLMProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("Give the processor images, text or both.")
+        if _is_conversation(text):  # a pipeline of transformers 4 passes those of a generator here
+            is_open = text[-1]["role"] == "assistant"
+            how = {"add_generation_prompt": not is_open, "continue_final_message": is_open, "images": images}
+            return self.apply_chat_template(
+                text, tokenize=True, return_dict=True, return_labels=return_labels, **how, **kwargs
+            )
         text_kwargs, image_kwargs, unknown = self._sorted_kwargs(kwargs)
         # evaluation suites pass lists of videos and audios to every processor, even empty ones
         if unused := [name for name, value in unknown.items() if not _is_nothing(value)]:
@@ -487,6 +493,10 @@ class PrefixVLMProcessor(ProcessorMixin):
             # only now that every file is there
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)
         return files
+
+
+def _is_conversation(text) -> bool:
+    return isinstance(text, list | tuple) and bool(text) and all(isinstance(one, dict) and "role" in one for one in text)
 
 
 def _as_list(images) -> list:

@@ -31,7 +31,9 @@ class PrefixVLMPipeline(ImageTextToTextPipeline):
             said = Pipeline.__call__(self, asked if _is_lazy(images) else list(asked), **kwargs)
         else:
             said = super().__call__(text=[_messages(image, prompt) for image in _as_list(images)], **kwargs)
-        return said if _is_lazy(images) else list(said)[0] if _is_one(images) else list(said)
+        if _is_lazy(images):
+            return said
+        return next(iter(said)) if _is_one(images) else list(said)
 
 
 def _is_one(images) -> bool:

@@ -203,7 +203,7 @@ class PrefixVLMProcessor(ProcessorMixin):
     def _replacements(self, text: str) -> list[dict]:
         """Where the images stand in a text, and where their tokens will: `span` and `new_span`, (start, end) characters."""
         expanded = self.image_token * self.num_image_tokens
-        found = []
+        found: list[dict] = []
         for match in self._control_tokens().find(text):
             if match[0] == self.image_token:
                 start = match.start() + len(found) * (len(expanded) - len(self.image_token))

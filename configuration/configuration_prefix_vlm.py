@@ -26,10 +26,11 @@ QWEN_IMAGE_TOKEN_ID = 151655
 
 AUTO_MAP = {
     "AutoConfig": "configuration_prefix_vlm.PrefixVLMConfig",
-    "AutoModel": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
+    "AutoModel": "modeling_prefix_vlm.PrefixVLMModel",
     "AutoModelForCausalLM": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",  # of transformers 5
     "AutoProcessor": "processing_prefix_vlm.PrefixVLMProcessor",
 }
 
@@ -241,6 +242,16 @@ class PrefixVLMConfig(PretrainedConfig):
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+
+    @property
+    def custom_pipelines(self) -> dict[str, dict]:
+        """Pipelines that come with the model, anew each time: transformers writes classes into what it is given."""
+        return {"image-to-text": {"impl": "pipeline_prefix_vlm.PrefixVLMPipeline", "pt": ["AutoModelForImageTextToText"]}}
+
+    @property
+    def is_mm_prefix_lm(self) -> bool:
+        """Whether the tokens of an image attend to each other in both directions, by the name under which vLLM asks."""
+        return self.attention_mode == "prefix"
 
     @property
     def num_vision_layers(self) -> int | None:

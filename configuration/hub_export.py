@@ -22,6 +22,7 @@ ENTRY_MODULES = (
     "configuration.configuration_prefix_vlm",
     "modeling_vlm.modeling_prefix_vlm",
     "processing.processing_prefix_vlm",
+    "processing.pipeline_prefix_vlm",
 )
 PARTS = ("vision_tower", "projector", "language_model")
 # a sentence of the card that transformers' push_to_hub generates for a repository without one

@@ -41,6 +41,9 @@ from .positions_prefix_vlm import attention_window, cache_lengths, context, docu
 from .tying_prefix_vlm import fill_head, is_tied, is_tied_checkpoint, refuse_to_drop_head, tied_weights_keys
 from .vision_tower_prefix_vlm import PatchGroups, build_tower, load_tower
 
+# the attention of inference engines, which make the mask by themselves, and the modes that each of them can make
+ENGINES = {"vllm": ("causal", "prefix"), "sglang": ("causal",)}
+
 # what others read from `get_image_features`: on transformers 4 the features themselves, on 5 an output that holds them
 FEATURES_IN_OUTPUT = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -223,6 +226,15 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
             # transformers 4 would let sdpa leave out the soft-capping of Gemma 2
             language_model.set_attn_implementation("eager")
+        engine = text._attn_implementation
+        if engine in ENGINES and config.attention_mode not in ENGINES[engine]:
+            raise ValueError(
+                f"{engine} makes the attention mask by itself, and can make that of {' or '.join(ENGINES[engine])}, but "
+                f"this model's attention_mode is {config.attention_mode}; serve it with `prefixvlm serve`."
+            )
+        if engine in ENGINES and type(self) is PrefixVLMModel:
+            language_model.set_output_embeddings(nn.Identity())  # the engine has a head of its own
+            language_model._tied_weights_keys, language_model.all_tied_weights_keys = None, {}
         self.vision_tower = build_tower(config) if vision_tower is None else vision_tower
         self.projector = PrefixVLMProjector(config)
         self.language_model = language_model
@@ -504,14 +516,20 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                     "use_cache=False, or set config.attention_mode = 'prefix'."
                 )
             use_cache = False
-        inputs_embeds, is_image, image_hidden_states = self._embed(
-            input_ids, inputs_embeds, pixel_values, vision_features, token_type_ids
-        )
+        is_engine = self.language_model.config._attn_implementation in ENGINES
+        if is_engine and inputs_embeds is not None:
+            is_image = image_hidden_states = None  # the features are in the embeddings, perhaps a part of an image's
+        else:
+            inputs_embeds, is_image, image_hidden_states = self._embed(
+                input_ids, inputs_embeds, pixel_values, vision_features, token_type_ids
+            )
 
         length = inputs_embeds.shape[1]
         cache_position = kwargs.get("cache_position")
         self._refuse_choice_of_features(kwargs)
-        if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
+        if is_engine:
+            attention_mask = None
+        elif not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
             if document_ids is None and is_empty(past_key_values):
                 document_ids = documents(length, position_ids, **kwargs)
             if position_ids is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -39,12 +39,14 @@ IMAGE_PARTS = ("image", "image_url")  # of a message
 
 # the arguments that transformers accepts for tokenizers and image processors
 TEXT_KWARGS = frozenset(ProcessingKwargs.__annotations__["text_kwargs"].__annotations__) | {"return_tensors"}
+TEXT_KWARGS |= {"return_text_replacement_offsets"}  # which 4.x does not know
 IMAGE_KWARGS = frozenset(ProcessingKwargs.__annotations__["images_kwargs"].__annotations__) | {"do_convert_rgb"}
 # dictionaries of arguments
 KWARGS_GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs")
 # of the tokenizer's arguments, those that are used here
 USED_TEXT_KWARGS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
 USED_TEXT_KWARGS |= {"return_attention_mask", "return_mm_token_type_ids", "return_tensors", "verbose"}
+USED_TEXT_KWARGS |= {"return_text_replacement_offsets"}
 RENDERING_KWARGS = ("add_generation_prompt", "continue_final_message")  # used outside of the template
 
 
@@ -126,6 +128,18 @@ class PrefixVLMProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    if not hasattr(ProcessorMixin, "image_token_ids"):  # which 5.x has
+
+        @property
+        def image_token_ids(self) -> list[int]:
+            """The tokens that stand for images, as inference engines ask for them."""
+            return [self.image_token_id]
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """How many tokens images (height, width) take, and into how many pieces they are cut, as vLLM asks for it."""
+        count = len(image_sizes or [])
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
     @property
     def model_input_names(self):
         return ["input_ids", "attention_mask", "pixel_values"]
@@ -139,7 +153,7 @@ class PrefixVLMProcessor(ProcessorMixin):
         Args:
             images: one image, a list (distributed to the texts in order), or a list of lists, one for each text; in any
                 form that `load_image` opens.
-            text: one text or a list.
+            text: one text or a list; or one conversation, to be answered or, if it ends with an answer, continued.
             return_labels: also return labels, the ids of all text tokens, -100 at images and padding.
             kwargs: those of the tokenizer and the image processor (`padding`, `return_tensors`, ...), also by modality
                 (`text_kwargs`, `images_kwargs`). As in transformers, defaults are those stored with the tokenizer.
@@ -147,7 +161,8 @@ class PrefixVLMProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` (B, T), `pixel_values` (I, C, H, W), `labels` (B, T) if requested; one
             text gives a batch of one, as with the processors of transformers. `return_mm_token_type_ids` adds
-            `mm_token_type_ids` (B, T), 1 at images.
+            `mm_token_type_ids` (B, T), 1 at images; `return_text_replacement_offsets` adds where the images stand in
+            each text, as processors of transformers 5 say it.
 
         Raises:
             ValueError: for an unusable image, a text with image tokens but not one for each of its images, a `max_length`
@@ -156,6 +171,12 @@ class PrefixVLMProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("Give the processor images, text or both.")
+        if _is_conversation(text):  # a pipeline of transformers 4 passes those of a generator here
+            is_open = text[-1]["role"] == "assistant"
+            how = {"add_generation_prompt": not is_open, "continue_final_message": is_open, "images": images}
+            return self.apply_chat_template(
+                text, tokenize=True, return_dict=True, return_labels=return_labels, **how, **kwargs
+            )
         text_kwargs, image_kwargs, unknown = self._sorted_kwargs(kwargs)
         # evaluation suites pass lists of videos and audios to every processor, even empty ones
         if unused := [name for name, value in unknown.items() if not _is_nothing(value)]:
@@ -174,7 +195,21 @@ class PrefixVLMProcessor(ProcessorMixin):
                 start = bos if bos and bos != TURN_START_TOKEN and sample.startswith(bos) else ""
                 texts[index] = start + self.image_token * len(group) + sample.removeprefix(start)
         samples = [[(sample, True)] for sample in texts]
-        return self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
+        encoded = self._encode(samples, groups, text_kwargs, image_kwargs, return_labels)
+        if text_kwargs.get("return_text_replacement_offsets"):
+            encoded["text_replacement_offsets"] = [self._replacements(sample) for sample in texts]
+        return encoded
+
+    def _replacements(self, text: str) -> list[dict]:
+        """Where the images stand in a text, and where their tokens will: `span` and `new_span`, (start, end) characters."""
+        expanded = self.image_token * self.num_image_tokens
+        found: list[dict] = []
+        for match in self._control_tokens().find(text):
+            if match[0] == self.image_token:
+                start = match.start() + len(found) * (len(expanded) - len(self.image_token))
+                spans = {"span": match.span(), "new_span": (start, start + len(expanded))}
+                found.append({"type": "image", "text": self.image_token, "replacement": expanded, **spans})
+        return found
 
     def apply_chat_template(
         self,
@@ -458,6 +493,10 @@ class PrefixVLMProcessor(ProcessorMixin):
             # only now that every file is there
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **push_kwargs)
         return files
+
+
+def _is_conversation(text) -> bool:
+    return isinstance(text, list | tuple) and bool(text) and all(isinstance(one, dict) and "role" in one for one in text)
 
 
 def _as_list(images) -> list:

@@ -212,8 +212,9 @@ def test_rope_of_each_kind_of_layer_is_read_or_refused_but_never_lost():
 def test_auto_map_names_every_auto_class_and_existing_code():
     config = tiny_config()
     assert config.auto_map == AUTO_MAP
-    classes = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForVision2Seq", "AutoModelForImageTextToText"}
-    assert set(config.auto_map) == {*classes, "AutoProcessor"}
+    generating = {"CausalLM", "Vision2Seq", "ImageTextToText", "MultimodalLM"}
+    classes = {f"AutoModelFor{name}" for name in generating}
+    assert set(config.auto_map) == {*classes, "AutoConfig", "AutoModel", "AutoProcessor"}
     assert config.to_dict()["auto_map"] == AUTO_MAP
     homes = {
         "configuration_prefix_vlm": "configuration",
@@ -224,8 +225,9 @@ def test_auto_map_names_every_auto_class_and_existing_code():
         module, name = reference.split(".")
         package = __import__(f"prefixvlm.{homes[module]}.{module}", fromlist=[name])
         assert getattr(package, name).__name__ == name
-    for name in classes - {"AutoConfig"}:  # the generating class, also for AutoModel
+    for name in classes:
         assert AUTO_MAP[name].endswith(".PrefixVLMForConditionalGeneration")
+    assert AUTO_MAP["AutoModel"].endswith(".PrefixVLMModel")  # as in transformers: without the head
 
 
 def test_sub_configurations_of_other_types():

@@ -41,7 +41,7 @@ def main(job: dict) -> dict:
         sys.modules[name] = None  # importing it fails as if it were not installed
     import torch
     import transformers
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     transformers.logging.set_verbosity_error()
     image, result = job["image"], {}
@@ -59,7 +59,7 @@ def main(job: dict) -> dict:
         os.mkdir(os.path.join(cache, "refs"))
         with open(os.path.join(cache, "refs", "main"), "w") as file:
             file.write("1" * 40)
-        model = AutoModel.from_pretrained("someone/vlm-0.5b", **load).eval()
+        model = AutoModelForImageTextToText.from_pretrained("someone/vlm-0.5b", **load).eval()
         processor = AutoProcessor.from_pretrained("someone/vlm-0.5b", trust_remote_code=True)
         result["repository"] = measure(model, processor, image)
     if folder := job.get("every_auto_class"):
@@ -77,7 +77,7 @@ def main(job: dict) -> dict:
     if job.get("adapter"):
         from peft import PeftModel
 
-        base = AutoModel.from_pretrained(job["adapter"]["base"], **load)
+        base = AutoModelForImageTextToText.from_pretrained(job["adapter"]["base"], **load)
         model = PeftModel.from_pretrained(base, job["adapter"]["folder"]).eval()
         processor = AutoProcessor.from_pretrained(job["adapter"]["base"], trust_remote_code=True)
         result["adapter"] = measure(model, processor, image)

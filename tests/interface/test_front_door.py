@@ -26,10 +26,18 @@ def test_public_names():
 
 
 def test_auto_classes_load_without_remote_code(tmp_path):
-    from prefixvlm import AutoModelForVision2Seq, PrefixVLMForConditionalGeneration, PrefixVLMProcessor
+    from prefixvlm import (
+        AutoModelForVision2Seq,
+        PrefixVLMForConditionalGeneration,
+        PrefixVLMModel,
+        PrefixVLMProcessor,
+    )
 
     tiny_model().save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    for auto_class in (AutoModelForVision2Seq, transformers.AutoModel, transformers.AutoModelForCausalLM):
+    generating = {AutoModelForVision2Seq, transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText}
+    generating.add(getattr(transformers, "AutoModelForMultimodalLM", AutoModelForVision2Seq))
+    for auto_class in generating:
         assert type(auto_class.from_pretrained(tmp_path)) is PrefixVLMForConditionalGeneration
+    assert type(transformers.AutoModel.from_pretrained(tmp_path)) is PrefixVLMModel
     assert type(transformers.AutoProcessor.from_pretrained(tmp_path)) is PrefixVLMProcessor

@@ -106,7 +106,6 @@ def load_later(folder: Path):
 
 WAYS = {
     "load": lambda folder: load(str(folder))[0],
-    "AutoModel": AutoModel.from_pretrained,
     "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
     "AutoModelForImageTextToText": AutoModelForImageTextToText.from_pretrained,
     "AutoModelForVision2Seq": AutoModelForVision2Seq.from_pretrained,
@@ -172,7 +171,7 @@ def test_an_adapter_alone_loads_in_its_mode(tmp_path, name):
     assert on_base(folder).config.attention_mode == "prefix_all_images"
 
 
-@pytest.mark.parametrize("way", ["PeftModel", "AutoModel"])
+@pytest.mark.parametrize("way", ["PeftModel", "AutoModelForImageTextToText"])
 def test_an_adapter_that_is_saved_again_keeps_its_mode(trained, tmp_path, way):
     WAYS[way](trained / "out" / "stage-3" / "adapter").save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
@@ -199,7 +198,7 @@ def test_an_adapter_that_peft_makes_has_the_mode_that_it_is_given(tmp_path):
         target_modules=lora.target_pattern(["language_model"]),
     )
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    for way in ("AutoModel", "PeftModel", "AutoPeftModelForCausalLM"):
+    for way in ("AutoModelForImageTextToText", "PeftModel", "AutoPeftModelForCausalLM"):
         assert WAYS[way](tmp_path / "adapter").config.attention_mode == "causal"
 
 

@@ -18,6 +18,13 @@ from prefixvlm.modeling_vlm.vision_tower_prefix_vlm import build_tower
 LEVEL = "vision_model."  # of weights' names, which some classes of transformers 5 have dropped
 # encoders of which a LLaVA reads patch features as `PrefixVLM` does, and how it leaves out other tokens
 ENCODERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+# before a template that knows lists of parts alone: makes such of texts, which training and plain chats have
+PARTS_OF_TEXTS = (
+    "{%- set ns = namespace(messages=[]) -%}{%- for message in messages -%}{%- if message.content is string -%}"
+    "{%- set ns.messages = ns.messages + [dict(message, content=[{'type': 'text', 'text': message.content}])] -%}"
+    "{%- else -%}{%- set ns.messages = ns.messages + [message] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set messages = ns.messages -%}"
+)
 # a conversation whose prompt has to be the same by both processors
 PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
@@ -100,9 +107,10 @@ def model_of(llava: LlavaForConditionalGeneration, config: PrefixVLMConfig) -> P
     _copy(llava.model.vision_tower, tower)
     with torch.device("meta"):  # an empty frame for the decoder and its head
         language_model = AutoModelForCausalLM.from_config(config.text_config)
-    language_model.set_decoder(llava.model.language_model)
+    setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
     language_model.set_output_embeddings(llava.get_output_embeddings())
-    model = PrefixVLMForConditionalGeneration(config, tower, language_model).to(llava.dtype)
+    model = PrefixVLMForConditionalGeneration(config, tower, language_model)
+    model.projector.to(llava.dtype)
     if not llava.config.multimodal_projector_bias:
         nn.init.zeros_(model.projector.linear_1.bias)
         nn.init.zeros_(model.projector.linear_2.bias)
@@ -130,6 +138,8 @@ def processor_of(theirs, model: PrefixVLMForConditionalGeneration) -> PrefixVLMP
     if template is None:
         raise ValueError("The LLaVA has no chat template; add one to its processor, as it was trained with.")
     wanted = _prepared(theirs)
+    if not _takes_texts(theirs, template):
+        template = PARTS_OF_TEXTS + template
     for start in ("", "{{ bos_token }}"):  # which a LLaVA's tokenizer may add by itself
         processor = PrefixVLMProcessor(
             theirs.image_processor,
@@ -152,10 +162,20 @@ def processor_of(theirs, model: PrefixVLMForConditionalGeneration) -> PrefixVLMP
     raise ValueError("The LLaVA's processor makes other prompts or pictures of a conversation than the one here.")
 
 
+def _takes_texts(processor, template: str) -> bool:
+    """Whether a template writes contents that are texts as it writes a list of one."""
+    texts = [{**message, "content": message["content"][-1]["text"]} for message in PROBE]
+    parts = [{**message, "content": message["content"][-1:]} for message in PROBE]
+    try:
+        one, other = (processor.apply_chat_template(said, chat_template=template) for said in (texts, parts))
+    except Exception:  # of any kind that a template may raise
+        return False
+    return one == other
+
+
 def _prepared(processor) -> dict[str, torch.Tensor]:
     messages = copy.deepcopy(PROBE)
-    messages[0]["content"][0]["image"] = Image.effect_noise((50, 40), 60).convert("RGB")  # type: ignore[index]
-    torch.manual_seed(0)
+    messages[0]["content"][0]["image"] = Image.linear_gradient("L").resize((50, 40)).convert("RGB")  # type: ignore[index]
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tiny import tiny_tokenizer
 from transformers import (
@@ -35,7 +36,8 @@ TEXT = {
 }
 TEMPLATE = (
     "{% for message in messages %}{{ message.role.upper() }}: "
-    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}"
     "{% if message.role == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -114,15 +116,19 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     llava, processor = save_llava(folder, **KINDS[request.param])
     assert main(["import", str(folder), str(folder / "ours")]) == 0
-    dtype = "bfloat16" if llava.dtype == torch.bfloat16 else "float32"
-    return llava, processor, *load(str(folder / "ours"), dtype)
+    saved = json.loads((folder / "ours" / "config.json").read_text())
+    assert saved["dtype"] == str(llava.dtype).removeprefix("torch.")
+    # in float32, since a CPU may compute bfloat16 in another order
+    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return llava, processor, *load(str(folder / "ours"))
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 3])
 def test_prompts_pictures_and_logits_are_equal(pair, pictures):
     llava, processor, model, ours = pair
     how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    theirs, found = (one.apply_chat_template(messages(pictures), **how) for one in (processor, ours))
+    said = messages(pictures)
+    theirs, found = (one.apply_chat_template(said, **how) for one in (processor, ours))
     for name in ("input_ids", "attention_mask", *(["pixel_values"] if pictures else [])):
         assert torch.equal(found[name], theirs[name]), name
     with torch.no_grad():
@@ -131,22 +137,30 @@ def test_prompts_pictures_and_logits_are_equal(pair, pictures):
     assert logits.std() > 0.1
 
 
+def test_texts_are_written_as_parts_are(pair):
+    _, _, _, ours = pair
+    said = messages(0)
+    texts = [{**message, "content": message["content"][-1]["text"]} for message in said]
+    assert ours.apply_chat_template(texts) == ours.apply_chat_template(said)
+    assert "a box" in ours.apply_chat_template(texts)
+
+
 def test_greedy_answers_are_equal(pair):
     llava, processor, model, ours = pair
     asked = messages(2)[:1]
     inputs = processor.apply_chat_template(
         asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
+    inputs.pop("token_type_ids", None)  # of a tokenizer on transformers 4, which generation does not know
     settings = {"max_new_tokens": 8, "do_sample": False, "bad_words_ids": [[llava.config.image_token_id]]}
     expected = llava.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
     assert generate_texts(model, ours, inputs, max_new_tokens=8) == [processor.decode(expected, skip_special_tokens=True)]
     assert model.generation_config.eos_token_id == llava.generation_config.eos_token_id
 
 
-def test_it_is_causal_and_keeps_dtype_and_tie(pair):
+def test_it_is_causal_and_as_tied_as_it_was(pair):
     llava, _, model, _ = pair
     assert model.config.attention_mode == "causal"
-    assert model.dtype == llava.dtype
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert is_tied == (llava.get_output_embeddings().weight is llava.get_input_embeddings().weight)
 
@@ -159,7 +173,7 @@ def test_it_can_be_trained_with_the_prefix_mask(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage = {"data": {"source": "vqa", "path": str(tmp_path / "rows.jsonl")}, "max_steps": 1, "batch_size": 2}
     recipe = {"model": {"start": str(tmp_path / "start")}, "stages": {3: stage}, "output": str(tmp_path / "out")}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
     assert load(str(tmp_path / "out" / "stage-3"))[0].config.attention_mode == "prefix"
 

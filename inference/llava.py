@@ -26,7 +26,7 @@ PARTS_OF_TEXTS = (
     "{%- set messages = ns.messages -%}"
 )
 # a conversation whose prompt has to be the same by both processors
-PROBE = [
+PROBE: list[dict] = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "A box."}]},
     {"role": "user", "content": [{"type": "text", "text": "Which colour?"}]},
@@ -175,7 +175,7 @@ def _takes_texts(processor, template: str) -> bool:
 
 def _prepared(processor) -> dict[str, torch.Tensor]:
     messages = copy.deepcopy(PROBE)
-    messages[0]["content"][0]["image"] = Image.linear_gradient("L").resize((50, 40)).convert("RGB")  # type: ignore[index]
+    messages[0]["content"][0]["image"] = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

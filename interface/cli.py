@@ -314,6 +314,10 @@ def parser() -> Parser:
     command.add_argument("--base", metavar="MODEL", help="what the adapter was trained on (default: where it was then)")
     command.add_argument("--dtype", metavar="NAME", help="of the weights (default: that of the base model)")
 
+    command = add("import", import_model, "make a PrefixVLM of a LLaVA, with the same logits in causal mode")
+    command.add_argument("model", metavar="LLAVA", help="folder or Hub id of a llava with a CLIP or SigLIP encoder")
+    command.add_argument("output", metavar="DIR", help="gets the model, its processor, code and card")
+
     command = add("generate", generate, "caption an image, or answer a question about it")
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
     command.add_argument(
@@ -522,6 +526,15 @@ def merge(options: argparse.Namespace) -> None:
     from prefixvlm.train.training.lora import merge
 
     merge(options.adapter, options.output, options.base, options.dtype)
+    print(f"Saved to {options.output}")
+
+
+def import_model(options: argparse.Namespace) -> None:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(options.model)
+    from prefixvlm.inference.llava import import_llava
+
+    import_llava(options.model, Path(options.output))
     print(f"Saved to {options.output}")
 
 

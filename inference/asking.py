@@ -42,16 +42,18 @@ def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], **gener
     """Generates after each prompt and decodes the new tokens, without special tokens.
 
     Args:
-        model: a PrefixVLM; it is left in evaluation mode.
+        model: a PrefixVLM, or another model of transformers; it is left in evaluation mode.
         inputs: the model's inputs, left-padded.
         generation: further arguments of `generate`; decoding is greedy by default.
     """
-    # a bidirectional (stage 0) model cannot use a cache
-    defaults = {"do_sample": False, "use_cache": model.config.attention_mode != "bidirectional"}
+    # a bidirectional (stage 0) model cannot use a cache; other models have no such mode
+    has_cache = getattr(model.config, "attention_mode", None) != "bidirectional"
+    defaults = {"do_sample": False, "use_cache": has_cache}
     on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with torch.inference_mode():
         output = model.eval().generate(**on_device, **{**defaults, **generation})
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    return processor.batch_decode(output[:, start:], skip_special_tokens=True)
 
 
 class _Stopped(StoppingCriteria):

@@ -9,6 +9,7 @@ from prefixvlm.configuration.writing import write_atomically
 from prefixvlm.inference.environment import choose_device
 from prefixvlm.inference.int8 import quantize_int8
 from prefixvlm.inference.loading import load
+from prefixvlm.inference.peers import is_peer, load_peer
 from prefixvlm.train.evaluation import paper_results
 from prefixvlm.train.evaluation.gallery import refuse_without_matplotlib, save_gallery
 from prefixvlm.train.evaluation.kept_answers import identity_of_weights
@@ -19,6 +20,8 @@ from prefixvlm.train.recipes.evaluation import EvaluationRun
 
 def run_evaluation(run: EvaluationRun) -> dict:
     """Evaluates a saved model; leaves predictions.jsonl, metrics.json and a gallery in `run.output`, prints the scores.
+
+    The model is a PrefixVLM or any other image-text-to-text model of transformers.
 
     Returns:
         What metrics.json says.
@@ -37,11 +40,18 @@ def run_evaluation(run: EvaluationRun) -> dict:
     processes = PartialState(cpu=device.type == "cpu")
     if processes.num_processes > 1 and run.device is not None and device.index is not None:
         raise ValueError(f"--device is {run.device}, but each of {processes.num_processes} processes needs its own.")
-    network, processor = load(run.model, run.dtype, device=device if processes.num_processes == 1 else processes.device)
+    device = device if processes.num_processes == 1 else processes.device
+    if is_peer(run.model):
+        if run.int8:
+            raise ValueError(f"--int8 is for a PrefixVLM, which {run.model} is not; leave it out.")
+        network, processor = load_peer(run.model, run.dtype, device)
+    else:
+        network, processor = load(run.model, run.dtype, device=device)
     if run.int8:
         quantize_int8(network)
     settings = {
         "model": run.model,
+        "class": type(network).__name__,
         "weights": identity_of_weights(run.model, network),
         "dtype": run.dtype,
         "int8": run.int8,

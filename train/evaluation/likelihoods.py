@@ -4,6 +4,7 @@ Shapes: B rows, each a question with one of its answers; T tokens; K last positi
 token of the longest answer; V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,8 +23,8 @@ def log_likelihoods(
     It is summed over the tokens that training would learn of that answer: its words and the token that closes it.
 
     Args:
-        model: a PrefixVLM; it is left in evaluation mode.
-        processor: its processor.
+        model: a PrefixVLM, or another model of transformers; it is left in evaluation mode.
+        processor: its processor, which may say by `rows_to_score` how many rows it can prepare at once.
         questions: conversations that end with a user turn.
         answers: those of each question.
         batch_size: rows at once, of similar length.
@@ -32,6 +33,7 @@ def log_likelihoods(
         ValueError: for an image that cannot be opened, or an answer without words.
     """
     model.eval()
+    batch_size = min(batch_size, getattr(processor, "rows_to_score", batch_size))
     rows = [(number, place) for number, given in enumerate(answers) for place in range(len(given))]
     rows.sort(key=lambda row: sum(len(text) for _, text in questions[row[0]].said) + len(answers[row[0]][row[1]]))
     found = [[0.0] * len(given) for given in answers]
@@ -65,7 +67,9 @@ def _of_batch(model, processor, batch: list[Conversation]) -> list[float]:
     is_counted = labels != IGNORE_INDEX
     first = int(is_counted.any(dim=0).nonzero()[0])
     # (B, K, V), where K - 1 tokens are predicted; the last position predicts nothing
-    logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] - first + 1).logits
+    kept = labels.shape[1] - first + 1
+    limit = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(**inputs, use_cache=False, **limit).logits[:, -kept:]
     targets, is_counted = labels[:, first:], is_counted[:, first:]
     picked = logits[:, :-1].float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return picked.masked_fill(~is_counted, 0.0).sum(dim=-1, dtype=torch.float64).tolist()

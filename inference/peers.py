@@ -3,14 +3,18 @@
 Shapes: B prompts, T tokens.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
 from prefixvlm.configuration.configuration_prefix_vlm import IGNORE_INDEX, PrefixVLMConfig
 from prefixvlm.inference.loading import base_of_adapter, dtype_named, one_line, refuse_missing_path
 from prefixvlm.processing.images_prefix_vlm import load_image
+
+# from 5.x on
+TAKES_CALL_APART = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
 
 def is_peer(name: str) -> bool:
@@ -117,11 +121,15 @@ class PeerProcessor:
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,
-            return_tensors="pt",
-            padding=padding,
+            **_for_the_call(return_tensors="pt", padding=padding),
         )
         encoded.pop("token_type_ids", None)  # of tokenizers on transformers 4, which generation does not know
         return encoded.to(self.dtype)
+
+
+def _for_the_call(**kwargs) -> dict:
+    """Arguments of a processor's own call, which transformers 5 wants apart from those of the template."""
+    return {"processor_kwargs": kwargs} if TAKES_CALL_APART else kwargs
 
 
 def _with_parts(messages: list[dict]) -> list[dict]:

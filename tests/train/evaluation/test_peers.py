@@ -95,9 +95,9 @@ def test_choices_are_scored_by_its_own_likelihoods(llava, rows):
     folder, model, processor = llava
     assert evaluate(folder, rows, "choices") == 0
     for number, row in enumerate(predictions(rows)):
-        asked = inputs_of(processor, rows, number, QUESTIONS[number])["input_ids"].shape[1]
+        asked = inputs_of(processor, rows, number, row["question"])["input_ids"].shape[1]
         for choice, found in zip(row["choices"], row["log_likelihoods"], strict=True):
-            inputs = inputs_of(processor, rows, number, QUESTIONS[number], choice)
+            inputs = inputs_of(processor, rows, number, row["question"], choice)
             with torch.no_grad():
                 scores = model(**inputs).logits[0].log_softmax(-1)
             ids = inputs["input_ids"][0]

@@ -129,6 +129,15 @@ def running_site() -> Path:
     return Path(importlib.metadata.distribution("accelerate").locate_file("."))
 
 
+def test_a_type_checker_reads_the_types_of_the_installed_package(installed, tmp_path):
+    script = tmp_path / "uses.py"
+    script.write_text("from prefixvlm.train.recipes.checking import did_you_mean\nnumber: int = did_you_mean('a', ['b'])\n")
+    command = [sys.executable, "-m", "mypy", "--python-executable", installed.python, "--config-file", os.devnull, script]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert 'expression has type "str", variable has type "int"' in done.stdout, done.stdout
+    assert "py.typed" not in done.stdout
+
+
 def test_the_wheel_holds_every_room_and_nothing_else(installed):
     names = zipfile.ZipFile(installed.wheel).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"prefixvlm"}

@@ -126,7 +126,10 @@ def test_a_model_that_only_captions(blip, rows, capsys):
 
 
 def test_what_it_cannot_do_is_refused_by_name(blip, llava, rows, capsys):
-    assert main(["evaluate", str(blip[0]), "--task", "vqa", "--data", str(rows / "rows.json"), "--output", "x"]) == 2
+    assert (
+        main(["evaluate", str(blip[0]), "--task", "vqa", "--data", str(rows / "rows.json"), "--output", str(rows / "x")])
+        == 2
+    )
     assert "has no chat template" in capsys.readouterr().err.splitlines()[-1]
     assert evaluate(llava[0], rows, "vqa", "--int8") == 2
     assert "--int8 is for a PrefixVLM" in capsys.readouterr().err.splitlines()[-1]

@@ -23,6 +23,7 @@ TOOLS = {
     "mypy": "`make lint` checks types with it",
     "pytest-xdist": "`make test` runs processes side by side with it",
     "ruff": "`make lint` checks style with it",
+    "shtab": "the tests of the extra [completion] are skipped without it, by importorskip",
     "tensorboard": "what `report_to: tensorboard` of a recipe writes for",
     "trl": "tests/optional/test_trl.py is skipped without it, by importorskip",
 }

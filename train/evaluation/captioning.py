@@ -238,11 +238,12 @@ def _write(output: Path, folder: Path, rows: list[Captioned]) -> None:
     """Writes the table, in a folder first, so that it is whole or absent."""
     partial = folder / output.name
     if output.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+        import datasets
 
-        schema = pyarrow.schema([(name, pyarrow.string()) for name in COLUMNS])  # also of a column without any text
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row._asdict() for row in rows], schema), partial)
+        features = datasets.Features({name: datasets.Value("string") for name in COLUMNS})  # also of one without any text
+        table = datasets.Dataset.from_list([row._asdict() for row in rows], features)
+        with partial.open("wb") as file:
+            table.to_parquet(file)
     else:
         with partial.open("w", encoding="utf-8", newline="") as file:
             if output.suffix == ".csv":

@@ -3,7 +3,7 @@
 import csv
 import json
 
-import pyarrow.parquet
+import datasets
 import pytest
 from PIL import Image
 from tiny import save_tiny
@@ -53,7 +53,7 @@ def expected(saved, paths, prompt=None) -> list[str]:
 
 def rows_of(table) -> list[dict]:
     if table.suffix == ".parquet":
-        return pyarrow.parquet.read_table(table).to_pylist()
+        return datasets.Dataset.from_parquet(str(table), keep_in_memory=True).to_list()
     if table.suffix == ".jsonl":
         return [json.loads(line) for line in table.read_text().splitlines()]
     with table.open(newline="") as file:

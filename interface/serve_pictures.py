@@ -136,6 +136,8 @@ def fetched(address: str, name: str, limits: PictureLimits) -> bytes:
             port = url.port or PORTS.get(url.scheme)
         except ValueError as error:
             raise ValueError(f"{name} has an address that cannot be read ({error}).") from error
+        if url.scheme not in PORTS:
+            raise ValueError(f"{name} leads on to {address[:60]!r}; only addresses of http and https are fetched.")
         refuse_host(url, port, name, limits)
         connection = (_Tls if url.scheme == "https" else _Plain)(url.hostname or "", port, timeout=WAIT_SECONDS)
         connection.allowed, connection.name = limits.hosts, name

@@ -163,6 +163,11 @@ def streamed(client, messages: list[dict], **fields) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
+def complete(answer: str) -> str:
+    """Without what is left of a last character whose bytes are not all there, which transformers 5 does not stream."""
+    return answer.rstrip("\ufffd")
+
+
 def post(port: int, body, path: str = "/v1/chat/completions", kind: str = "application/json") -> tuple[int, dict]:
     """The status and the answer to a body that the client would not send."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -183,7 +188,8 @@ def test_an_answer_is_that_of_generate(client, folder, tmp_path, capsys):
     assert main(["generate", str(folder), *arguments, "--dtype", "float32"]) == 0
     expected = capsys.readouterr().out.removesuffix("\n")
     messages = asking(part(data_url(file_of(picture(1)))))
-    assert whole(client, messages) == streamed(client, messages) == expected
+    assert whole(client, messages) == expected
+    assert complete(streamed(client, messages)) == complete(expected)
     assert expected != whole(client, asking(part(data_url(file_of(picture(2))))))
 
 
@@ -194,7 +200,8 @@ def test_several_pictures_a_system_turn_and_what_was_said_before(client, alone):
     opened = [picture(0), Image.open(io.BytesIO(file_of(picture(1), "JPEG")))]
     expected = alone([system, *before, *user_messages(opened, QUESTION)])
     messages = [system, *before, *asking(*map(part, urls))]
-    assert whole(client, messages) == streamed(client, messages) == expected
+    assert whole(client, messages) == expected
+    assert complete(streamed(client, messages)) == complete(expected)
     assert whole(client, [{**system, "role": "developer"}, *messages[1:]]) == expected
     assert whole(client, messages[1:]) != expected
     assert whole(client, [system, *before, *asking(*map(part, urls[::-1]))]) != expected
@@ -207,7 +214,7 @@ def test_two_users_at_once_get_their_own_answers(client, alone):
     with ThreadPoolExecutor(2) as users:
         for ask in (streamed, whole):
             asked = [users.submit(ask, client, asking(part(url)), max_tokens=60) for url in urls]
-            assert [answer.result() for answer in asked] == expected
+            assert [complete(answer.result()) for answer in asked] == [complete(answer) for answer in expected]
 
 
 def test_responses_streamed_and_not(client, alone):
@@ -223,7 +230,9 @@ def test_responses_streamed_and_not(client, alone):
     assert response.output_text == expected
     assert response.usage.output_tokens == TOKENS
     with client.responses.stream(**asked, instructions="Be brief.") as events:
-        assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
+        pieces = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert complete("".join(pieces)) == complete(expected)
+    assert len(pieces) > 1
     words = client.responses.create(model="tiny", input=QUESTION, max_output_tokens=TOKENS)
     assert words.output_text == alone(user_messages([], QUESTION))
 
@@ -361,18 +370,23 @@ def test_a_request_too_many_hears_that_the_server_is_busy(port):
     body = json.dumps({"messages": asking(), "max_tokens": 2}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(QUEUE + 1)]
+
+    def until(status: int) -> dict:
+        """The first answer of this status; a place is taken a little after it is asked for, and given back."""
+        deadline = time.monotonic() + 20
+        while (answer := post(port, body))[0] != status:
+            assert time.monotonic() < deadline, answer
+            time.sleep(0.05)
+        return answer[1]
+
     try:
         for connection in waiting:  # all inside, none of them whole
             connection.sendall(f"{head}\r\n\r\n".encode())
-        deadline = time.monotonic() + 20
-        while (answer := post(port, body))[0] == 200 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert answer[0] == 503
-        assert answer[1]["error"]["message"].startswith(f"The server is busy: {QUEUE} requests wait")
+        answer = until(503)
+        assert answer["error"]["message"].startswith(f"The server is busy: {QUEUE} requests wait")
         waiting[0].sendall(body)
         assert waiting[0].recv(15) == b"HTTP/1.1 200 OK"
-        waiting[0].close()
-        assert post(port, body)[0] == 200
+        assert until(200)["choices"]
     finally:
         for connection in waiting:
             connection.close()

@@ -30,6 +30,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_prefix_vlm.PrefixVLMForConditionalGeneration",
     "AutoProcessor": "processing_prefix_vlm.PrefixVLMProcessor",
 }
 
@@ -275,5 +276,12 @@ class PrefixVLMConfig(PretrainedConfig):
         """P, how many tokens one image takes in the sequence: one per patch, or per group of patches."""
         return image_tokens(self.patch_grid, self.pixel_shuffle, self.mean_pooling)
 
+
+if __name__.startswith("transformers_modules"):
+    # `transformers serve --trust-remote-code` of 5.x loads a model by its Auto class only if this list names its type
+    from transformers.models.auto import modeling_auto
+
+    multimodal_models = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+    multimodal_models.setdefault(PrefixVLMConfig.model_type, "PrefixVLMForConditionalGeneration")
 
 __all__ = ["PrefixVLMConfig"]

@@ -1,6 +1,7 @@
 """transformers' own OpenAI-compatible server for one model that is loaded already, on 4.57 and on 5."""
 
 import asyncio
+import inspect
 import json
 import logging
 from types import SimpleNamespace
@@ -59,16 +60,15 @@ def _of_5(engine: Engine) -> Application:
             engine.close()
 
     manager, state = OneModel(), GenerationState()
-    server = build_server(
-        manager,
-        ChatCompletionHandler(manager, state),
-        response_handler=ResponseHandler(manager, state),
-        generation_state=state,
-        # other routes do not pass the guard
-        completion_handler=None,
-        transcription_handler=None,
-        systemone_handler=None,
-    )
+    parts = {
+        "model_manager": manager,
+        "chat_handler": ChatCompletionHandler(manager, state),
+        "response_handler": ResponseHandler(manager, state),
+        "generation_state": state,
+        "enable_cors": False,
+    }
+    # the handlers of other routes, which the guard does not let pass, differ between versions
+    server = build_server(**{name: parts.get(name) for name in inspect.signature(build_server).parameters})
     server.add_exception_handler(Exception, _answer_error)
     return server
 

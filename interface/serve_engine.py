@@ -148,7 +148,10 @@ class ModelOfJob:
 
     def generate(self, streamer=None, return_dict_in_generate: bool = False, **_):
         try:
-            return self._engine.generate(self._job, streamer=streamer, return_dict_in_generate=return_dict_in_generate)
+            output = self._engine.generate(self._job, streamer=streamer, return_dict_in_generate=return_dict_in_generate)
+            if return_dict_in_generate:
+                output.past_key_values = None  # the server would keep it
+            return output
         except Exception as error:
             self._job.error = error
             if self._ends_streams and streamer is not None:

@@ -90,9 +90,7 @@ def _of_4(engine: Engine) -> Application:
         def get_gen_models(self) -> list[dict]:
             return engine.listed()
 
-        def is_continuation(self, req: dict) -> bool:
-            return False  # else the cache of one user's conversation would be given to another's
-
+    engine.model.config.architectures = [type(engine.model).__name__]  # read, but a model need not be saved with it
     # `run` builds the application and hands it to uvicorn at once
     built, uvicorn = [], serving.uvicorn
     serving.uvicorn = SimpleNamespace(run=lambda application, **_: built.append(application))

@@ -165,6 +165,7 @@ def test_who_does_not_read_gives_up_their_place(monkeypatch):
     asyncio.run(check())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in 4.57's own thread
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_fails_is_told_in_a_sentence(path, stream, monkeypatch, capsys):

@@ -67,16 +67,26 @@ class Guard:
         if scope["type"] != "http":  # the beginning and the end of the server
             await self.application(scope, receive, send)
             return
+        is_begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await asyncio.wait_for(send(message), SEND_SECONDS)
+
         try:
             self._refuse_other_routes(scope)
             if scope["method"] == "POST":
-                await self._answer(scope, receive, send)
+                await self._answer(scope, receive, sent)
             else:
-                await self.application(scope, receive, send)
+                await self.application(scope, receive, sent)
         except RefusedError as error:
-            await send_error(send, error.status, str(error))
+            await send_error(sent, error.status, str(error))
         except asyncio.TimeoutError:  # nobody reads the answer; the connection ends with this call
             return
+        except asyncio.CancelledError:  # Ctrl-C, some time ago
+            if not is_begun:
+                await send_error(sent, 503, "The server is closing.")
 
     def _refuse_other_routes(self, scope: Message) -> None:
         method = ROUTES.get(scope["path"])
@@ -112,14 +122,11 @@ class Guard:
             return
         self.engine.job = job
 
-        async def sent(message: Message) -> None:
-            await asyncio.wait_for(send(message), SEND_SECONDS)
-
         body = json.dumps(stand_in(scope["path"], self.engine.name, job)).encode()
         headers = [(name, value) for name, value in scope["headers"] if name not in (b"content-length", b"content-type")]
         headers += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
         try:
-            await self.application({**scope, "headers": headers}, client.receiving(body), sent)
+            await self.application({**scope, "headers": headers}, client.receiving(body), send)
         finally:
             job.stop.set()
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefixvlm.serve_engine import CHARACTERS_A_TOKEN, Engine, Job
-from prefixvlm.serve_requests import CHAT, RESPONSES, Asked, WrongModelError, read_request
+from prefixvlm.serve_requests import CHAT, LOAD, RESPONSES, Asked, WrongModelError, read_object, read_request
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-ROUTES = {CHAT: "POST", RESPONSES: "POST", "/v1/models": "GET", "/health": "GET"}
+ROUTES = {CHAT: "POST", RESPONSES: "POST", LOAD: "POST", "/v1/models": "GET", "/health": "GET"}
 BODY_SECONDS = 60  # for a whole request to arrive
 SEND_SECONDS = 60  # for a client to take the next piece of its answer
 RETRY_SECONDS = 5
@@ -103,6 +103,10 @@ class Guard:
         self._inside += 1
         try:
             body = await self._body(scope, receive)
+            if scope["path"] == LOAD:  # `transformers chat` has a server load its model first
+                await self._or_refuse(read_object, body, self.engine.name)
+                await send_loaded(send, self.engine.name)
+                return
             asked = await self._or_refuse(self._read, scope["path"], body)
             client = _Client(receive)
             try:
@@ -221,6 +225,13 @@ def error_body(status: int, sentence: str) -> dict:
     """An error in OpenAI's form."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": sentence, "type": kind, "param": None, "code": status}}
+
+
+async def send_loaded(send: Send, model: str) -> None:
+    """Says that a model is there already, as an event of the stream that tells how loading goes on."""
+    event = json.dumps({"status": "ready", "model": model, "cached": True})
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode()})
 
 
 async def send_error(send: Send, status: int, sentence: str) -> None:

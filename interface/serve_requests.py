@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+CHAT, RESPONSES, LOAD = "/v1/chat/completions", "/v1/responses", "/load_model"
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -115,16 +115,7 @@ def read_request(path: str, data: bytes, model: str, max_pictures: int, max_part
         ValueError: for what cannot be read, used or answered.
         WrongModelError: for another model.
     """
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"The request is not JSON ({' '.join(str(error).split())[:100]}).") from error
-    if not isinstance(body, dict):
-        raise ValueError("The request is not a JSON object.")
-    body = {name: value for name, value in body.items() if value is not None}
-    named = body.get("model", model)
-    if named != model:
-        raise WrongModelError(f"This server serves {model!r} alone; the request names {str(named)[:100]!r}.")
+    body = read_object(data, model)
     refuse_unknown_fields(path, body)
     stream = body.get("stream", False)
     if not isinstance(stream, bool):
@@ -147,6 +138,21 @@ def read_request(path: str, data: bytes, model: str, max_pictures: int, max_part
     if not asked.messages or asked.messages[-1]["role"] != "user":
         raise ValueError("The last message is not the user's, so there is nothing to answer.")
     return asked
+
+
+def read_object(data: bytes, model: str) -> dict:
+    """The fields of a request that have a value; raises as `read_request`."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The request is not JSON ({' '.join(str(error).split())[:100]}).") from error
+    if not isinstance(body, dict):
+        raise ValueError("The request is not a JSON object.")
+    body = {name: value for name, value in body.items() if value is not None}
+    named = body.get("model", model)
+    if named != model:
+        raise WrongModelError(f"This server serves {model!r} alone; the request names {str(named)[:100]!r}.")
+    return body
 
 
 def refuse_unknown_fields(path: str, body: dict) -> None:

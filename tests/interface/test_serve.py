@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import signal
 import socket
 import struct
@@ -17,6 +18,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import transformers
 from PIL import Image
 from tiny import save_tiny
 
@@ -353,11 +355,31 @@ def test_a_picture_with_too_many_bytes_is_refused(port):
     assert answer["error"]["message"] == "Picture 1 is too large: a picture may have 16,777,216 bytes; shrink it."
 
 
-@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/audio/transcriptions", "/docs", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/reset", "/v1/audio/transcriptions", "/docs", "/v1/completions"])
 def test_other_doors_are_closed(port, path):
     code, answer = post(port, {"model": "someone/other"}, path)
     assert code == 404
     assert "There is nothing at" in answer["error"]["message"]
+
+
+def test_no_other_model_is_loaded(port):
+    code, answer = post(port, {"model": "someone/other"}, "/load_model")
+    assert code == 404
+    assert answer["error"]["message"] == "This server serves 'tiny' alone; the request names 'someone/other'."
+
+
+def test_transformers_chat_talks_to_it(port):
+    if transformers.__version__.startswith("4."):
+        pytest.skip("4.57's asks questions of its own first, which need a terminal")
+    program = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", program, "chat", "tiny", f"http://127.0.0.1:{port}/v1", f"max_new_tokens={TOKENS}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, its client asks not even this machine
+    said = subprocess.run(
+        command, input="hello\nn\n!exit\n", capture_output=True, encoding="utf-8", env=environment, timeout=120
+    )
+    assert said.returncode == 0, said.stderr
+    assert "already loaded" in said.stdout
+    assert f"{TOKENS} tokens in" in said.stdout
 
 
 def test_a_request_that_another_site_could_send_unasked_is_refused(port):

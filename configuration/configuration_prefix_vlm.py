@@ -211,7 +211,7 @@ class PrefixVLMConfig(PretrainedConfig):
         _ = self.num_vision_layers, self.num_image_tokens  # which check them
         if tie_word_embeddings is None:
             tie_word_embeddings = self.tie_word_embeddings
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}  # an older folder may lack some
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):

@@ -213,7 +213,9 @@ def test_auto_map_names_every_auto_class_and_existing_code():
     config = tiny_config()
     assert config.auto_map == AUTO_MAP
     classes = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForVision2Seq", "AutoModelForImageTextToText"}
-    assert set(config.auto_map) == {*classes, "AutoProcessor"}
+    assert set(config.auto_map) == {*classes, "AutoModelForMultimodalLM", "AutoProcessor"}
+    older = {name: f"someone/vlm--{AUTO_MAP[name]}" for name in classes}  # as loaded from the Hub
+    assert tiny_config(auto_map=older).auto_map == {**AUTO_MAP, **older}
     assert config.to_dict()["auto_map"] == AUTO_MAP
     homes = {
         "configuration_prefix_vlm": "configuration",

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -14,6 +15,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -30,6 +32,7 @@ openai = pytest.importorskip("openai", reason="the client of the extra [serve]")
 pytest.importorskip("fastapi", reason="of the extra [serve]")
 pytest.importorskip("uvicorn", reason="of the extra [serve]")
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "SERVE.md"
 TOKENS = 12
 QUEUE = 2
 START_SECONDS = 120
@@ -360,6 +363,15 @@ def test_other_doors_are_closed(port, path):
     code, answer = post(port, {"model": "someone/other"}, path)
     assert code == 404
     assert "There is nothing at" in answer["error"]["message"]
+
+
+def test_what_the_documentation_asks_is_answered(port, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture(0).save("photo.png")
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+    code = code.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("runs/quickstart/final", "tiny")
+    exec(compile(code, "SERVE.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
 def test_no_other_model_is_loaded(port):

@@ -75,7 +75,7 @@ def decoded(data: bytes, name: str, pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large ({error}); shrink it.") from error
+        raise ValueError(f"{name} is too large ({str(error).rstrip('.')}); shrink it.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is no picture that can be read; send one of {', '.join(FORMATS)}.") from error
     except Exception as error:  # damaged headers raise errors of many kinds

@@ -61,7 +61,7 @@ class Guard:
     def __init__(self, application: Application, engine: Engine, limits: RequestLimits):
         self.application, self.engine, self.limits = application, engine, limits
         self._inside = 0
-        self._turn = asyncio.Lock()
+        self._turn, self._reading = asyncio.Lock(), asyncio.Lock()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the beginning and the end of the server
@@ -107,7 +107,9 @@ class Guard:
                 await self._or_refuse(read_object, body, self.engine.name)
                 await send_loaded(send, self.engine.name)
                 return
-            asked = await self._or_refuse(self._read, scope["path"], body)
+            async with self._reading:  # JSON takes ten times its bytes while it is read
+                asked = await self._or_refuse(self._read, scope["path"], body)
+            del body
             client = _Client(receive)
             try:
                 async with self._turn:

@@ -211,7 +211,7 @@ class PrefixVLMConfig(PretrainedConfig):
         _ = self.num_vision_layers, self.num_image_tokens  # which check them
         if tie_word_embeddings is None:
             tie_word_embeddings = self.tie_word_embeddings
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}  # an older folder may lack some
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
@@ -286,5 +286,12 @@ class PrefixVLMConfig(PretrainedConfig):
         """P, how many tokens one image takes in the sequence: one per patch, or per group of patches."""
         return image_tokens(self.patch_grid, self.pixel_shuffle, self.mean_pooling)
 
+
+if __name__.startswith("transformers_modules"):
+    # `transformers serve --trust-remote-code` of 5.x loads a model by its Auto class only if this list names its type
+    from transformers.models.auto import modeling_auto
+
+    multimodal_models = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+    multimodal_models.setdefault(PrefixVLMConfig.model_type, "PrefixVLMForConditionalGeneration")
 
 __all__ = ["PrefixVLMConfig"]

@@ -56,7 +56,7 @@ def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], **gener
     return processor.batch_decode(output[:, start:], skip_special_tokens=True)
 
 
-class _Stopped(StoppingCriteria):
+class Stopped(StoppingCriteria):
     """Ends generation once an event is set."""
 
     def __init__(self, event: Event):
@@ -73,7 +73,7 @@ def stream_text(model, processor, inputs: Mapping[str, torch.Tensor], **generati
     """
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop, errors = Event(), []
-    criteria = StoppingCriteriaList([*(generation.pop("stopping_criteria", None) or []), _Stopped(stop)])
+    criteria = StoppingCriteriaList([*(generation.pop("stopping_criteria", None) or []), Stopped(stop)])
 
     def generate() -> None:
         try:

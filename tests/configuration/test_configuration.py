@@ -215,6 +215,8 @@ def test_auto_map_names_every_auto_class_and_existing_code():
     generating = {"CausalLM", "Vision2Seq", "ImageTextToText", "MultimodalLM"}
     classes = {f"AutoModelFor{name}" for name in generating}
     assert set(config.auto_map) == {*classes, "AutoConfig", "AutoModel", "AutoProcessor"}
+    older = {name: f"someone/vlm--{AUTO_MAP[name]}" for name in classes}  # as loaded from the Hub
+    assert tiny_config(auto_map=older).auto_map == {**AUTO_MAP, **older}
     assert config.to_dict()["auto_map"] == AUTO_MAP
     homes = {
         "configuration_prefix_vlm": "configuration",

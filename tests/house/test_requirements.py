@@ -96,12 +96,13 @@ def test_what_is_declared_is_imported():
 
 def test_the_tools_of_developers_are_imported_by_tests_or_have_a_reason():
     tests = {name for path in (ROOT / "tests").rglob("*.py") for name, _ in imports(path.read_text())}
-    assert NEEDS["dev"] - NEEDS["base"] - NEEDS["eval"] - tests == TOOLS.keys()
+    assert NEEDS["dev"] - NEEDS["base"] - NEEDS["eval"] - NEEDS["serve"] - tests == TOOLS.keys()
 
 
 def test_the_command_line_knows_what_each_extra_brings():
     known = {extra: set(packages) for extra, packages in EXTRAS.items()}
-    assert known == {"train": NEEDS["train"], "eval": NEEDS["eval"] - NEEDS["train"], "demo": NEEDS["demo"]}
+    alone = {extra: NEEDS[extra] for extra in ("train", "demo", "serve", "completion")}
+    assert known == {**alone, "eval": NEEDS["eval"] - NEEDS["train"]}
 
 
 def test_an_import_inside_a_function_is_told_from_one_outside():

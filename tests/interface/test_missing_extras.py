@@ -61,6 +61,7 @@ def saved(tmp_path_factory):
         pytest.param("train", ("merge", "{saved}", "--output", "there"), False, marks=pytest.mark.slow),
         pytest.param("eval", ("score", "{saved}/rows.json", "{saved}/rows.json"), False, marks=pytest.mark.slow),
         ("demo", ("demo", "{saved}"), False),
+        ("serve", ("serve", "{saved}"), False),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )

@@ -436,6 +436,10 @@ def parser() -> Parser:
     command.add_argument("model", metavar="MODEL", help="folder")
     command.add_argument("repo", metavar="REPO", help="Hub id, e.g. somebody/my-model")
     command.add_argument("--private", action="store_true", help="create a private repository")
+    command.add_argument("--revision", metavar="NAME", help="to this branch, which is created if need be (default: main)")
+    command.add_argument("--commit-message", metavar="TEXT", help="default: Upload, and the folder's name")
+    command.add_argument("--create-pr", action="store_true", help="propose the change instead of making it")
+    command.set_defaults(goes_on="the same command goes on, and sends no weights twice")
 
     command = add("demo", demo, "open a web page that answers questions about pictures")
     command.add_argument("model", metavar="MODEL", help="folder or Hub id")
@@ -723,7 +727,8 @@ def completion(options: argparse.Namespace) -> None:
 def push(options: argparse.Namespace) -> None:
     from prefixvlm.push import upload
 
-    url, left_out = upload(Path(options.model), options.repo, options.private)
+    folder, message = Path(options.model), options.commit_message
+    url, left_out = upload(folder, options.repo, options.private, options.revision, message, options.create_pr)
     print(f"Uploaded to {url}")
     if left_out:
         print(f"Left out, as no part of a model repository: {', '.join(left_out)}")

@@ -51,8 +51,20 @@ FIGURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 FIGURE_IN_CARD = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]+src\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
 
 
-def upload(folder: Path, repo: str, private: bool = False) -> tuple[str, list[str]]:
-    """Uploads the files of a model repository that a folder has.
+def upload(
+    folder: Path,
+    repo: str,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> tuple[str, list[str]]:
+    """Uploads the files of a model repository that a folder has. Weights that have arrived are not sent a second time.
+
+    Args:
+        private: of a repository that is created; one that is there stays as it is.
+        revision: the branch, which is created if it is not there; by default `main`.
+        create_pr: propose the change, to be merged by who owns the repository.
 
     Returns:
         The repository's address, and what was left out; a folder of which nothing was uploaded is named as a whole.
@@ -69,9 +81,18 @@ def upload(folder: Path, repo: str, private: bool = False) -> tuple[str, list[st
         if name.endswith("adapter_config.json"):
             _warn_of_a_local_base(folder / name)
     api = HfApi()
-    url = api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[escape(name) for name in chosen])
-    return str(url), left_out
+    url = str(api.create_repo(repo, private=private, exist_ok=True))
+    if revision is not None and not create_pr:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    done = api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        allow_patterns=[escape(name) for name in chosen],
+        revision=revision,
+        commit_message=commit_message or f"Upload {folder.resolve().name}",
+        create_pr=create_pr,
+    )
+    return (done.pr_url if create_pr else f"{url}/tree/{revision}" if revision else url), left_out
 
 
 def sorted_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -382,7 +382,7 @@ def test_no_other_model_is_loaded(port):
 
 def test_transformers_chat_talks_to_it(port):
     if transformers.__version__.startswith("4."):
-        pytest.skip("4.57's asks questions of its own first, which need a terminal")
+        pytest.skip("4.57's looks on the Hub for the name that a model is served by")
     program = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", program, "chat", "tiny", f"http://127.0.0.1:{port}/v1", f"max_new_tokens={TOKENS}"]
     typed = "hello\nn\n!exit\n!exit\n"  # an answer that is cut is followed by a question

@@ -70,7 +70,7 @@ def upload(
         The repository's address, and what was left out; a folder of which nothing was uploaded is named as a whole.
 
     Raises:
-        ValueError: if the folder holds no saved model or adapter.
+        ValueError: if the folder holds no saved model or adapter, or a file does not arrive.
     """
     weights = {"config.json": "model*.safetensors", "adapter_config.json": "adapter_model.safetensors"}
     if not any((folder / config).is_file() and any(folder.glob(files)) for config, files in weights.items()):
@@ -84,14 +84,17 @@ def upload(
     url = str(api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None and not create_pr:
         api.create_branch(repo, branch=revision, exist_ok=True)
-    done = api.upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        allow_patterns=[escape(name) for name in chosen],
-        revision=revision,
-        commit_message=commit_message or f"Upload {folder.resolve().name}",
-        create_pr=create_pr,
-    )
+    try:
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=[escape(name) for name in chosen],
+            revision=revision,
+            commit_message=commit_message or f"Upload {folder.resolve().name}",
+            create_pr=create_pr,
+        )
+    except RuntimeError as error:  # what huggingface_hub makes of a file that does not arrive
+        raise ValueError(f"{error} The same command goes on with what is missing.") from error
     return (done.pr_url if create_pr else f"{url}/tree/{revision}" if revision else url), left_out
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+OID = "a" * 40  # of every commit
 LARGE = (".safetensors", ".bin", ".png", ".jpg", ".model")
 
 
@@ -40,8 +41,8 @@ class Hub:
 
     def commit(self, repository: str, branch: str, lines: list[dict], is_proposal: bool) -> dict:
         branches = self.repositories[repository]["branches"]
-        url = f"{self.url}/{repository}/commit/{'a' * 40}"
-        answer = {"commitUrl": url, "commitOid": "a" * 40, "success": True}
+        url = f"{self.url}/{repository}/commit/{OID}"
+        answer = {"commitUrl": url, "commitOid": OID, "success": True}
         if is_proposal:
             number = 1 + sum(name.startswith("refs/pr/") for name in branches)
             branches[f"refs/pr/{number}"] = dict(branches[branch])
@@ -145,18 +146,21 @@ class Handler(BaseHTTPRequestHandler):
             if (found[2] or "main") not in branches:
                 return self._answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
             names = [{"rfilename": name} for name in branches[found[2] or "main"]]
-            return self._answer({"id": found[1], "sha": "a" * 40, "siblings": names, "private": False})
+            return self._answer({"id": found[1], "sha": OID, "siblings": names, "private": False})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
-            files = self.hub.files(found[1], found[2])
+            files = self.hub.files(found[1], "main" if found[2] == OID else found[2])
             entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "b" * 40} for name in files]
-            return self._answer([one for one in entries if one["path"].startswith(found[3])])
+            entries = [one for one in entries if not found[3] or one["path"].startswith(f"{found[3]}/")]
+            if found[3] and not entries:
+                return self._answer({"error": "no such folder"}, 404, X_Error_Code="EntryNotFound")
+            return self._answer(entries)
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            branch = "main" if found[2] == "a" * 40 else found[2]
+            branch = "main" if found[2] == OID else found[2]
             content = self.hub.repositories.get(found[1], {"branches": {}})["branches"].get(branch, {}).get(found[3])
             if content is None:
-                return self._answer({"error": "no such entry"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit="a" * 40)
+                return self._answer({"error": "no such entry"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=OID)
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            return self._answer(content=content, ETag=etag, X_Repo_Commit="a" * 40, Accept_Ranges="bytes")
+            return self._answer(content=content, ETag=etag, X_Repo_Commit=OID, Accept_Ranges="bytes")
         return self._answer({"error": f"unknown {path}"}, 404)
 
     do_HEAD = do_GET  # noqa: N815

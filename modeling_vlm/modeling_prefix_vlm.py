@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_prefix_vlm import (
@@ -40,6 +40,12 @@ from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 from .positions_prefix_vlm import attention_window, cache_lengths, context, documents, is_empty, positions
 from .tying_prefix_vlm import fill_head, is_tied, is_tied_checkpoint, refuse_to_drop_head, tied_weights_keys
 from .vision_tower_prefix_vlm import PatchGroups, build_tower, load_tower
+
+if hasattr(BaseModelOutputWithPast, "cache"):
+    raise ImportError(
+        f"transformers {transformers.__version__} calls a model's cache by another name than this code knows; install "
+        "a version before 5.24: pip install 'transformers<5.24'"
+    )
 
 # the attention of inference engines, which make the mask by themselves, and the modes that each of them can make
 ENGINES = {"vllm": ("causal", "prefix"), "sglang": ("causal",)}

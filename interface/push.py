@@ -95,7 +95,7 @@ def upload(
         )
     except RuntimeError as error:  # what huggingface_hub makes of a file that does not arrive
         raise ValueError(f"{error} The same command goes on with what is missing.") from error
-    return (done.pr_url if create_pr else f"{url}/tree/{revision}" if revision else url), left_out
+    return (str(done.pr_url) if create_pr else f"{url}/tree/{revision}" if revision else url), left_out
 
 
 def sorted_files(folder: Path) -> tuple[list[str], list[str]]:

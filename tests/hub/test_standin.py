@@ -75,6 +75,7 @@ def test_what_was_pushed_is_loaded_by_a_stranger(hub, folder, tmp_path):
     assert loaded.stdout.splitlines()[-1].startswith("logits")
 
 
+@pytest.mark.slow
 def test_a_repeated_push_sends_no_weights_twice(hub, folder):
     assert push(hub, folder).returncode == 0
     sent = list(hub.sent)
@@ -97,6 +98,7 @@ def test_a_push_that_failed_goes_on_with_what_is_missing(hub, folder):
     assert {"config.json", "model.safetensors.index.json"} <= hub.files(REPO).keys()
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_and_main_left_alone(hub, folder):
     done = push(hub, folder, "--revision", "v2")
     assert done.returncode == 0, done.stderr[-2000:]

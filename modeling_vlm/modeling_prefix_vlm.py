@@ -35,6 +35,7 @@ from ..configuration.configuration_prefix_vlm import (
 from ..configuration.conversation_prefix_vlm import load_tokenizer, turn_end_id
 from ..configuration.vision_backbone_prefix_vlm import vision_backbone
 from .cpu_prefix_vlm import cpu_products, one_token
+from .engines_prefix_vlm import decoder_for, engine_of, refuse_mode
 from .loss_prefix_vlm import head_and_loss, is_plain
 from .masking_prefix_vlm import as_additive, attention_mask_4d, image_index
 from .positions_prefix_vlm import attention_window, cache_lengths, context, documents, is_empty, positions
@@ -46,9 +47,6 @@ if hasattr(BaseModelOutputWithPast, "cache"):
         f"transformers {transformers.__version__} calls a model's cache by another name than this code knows; install "
         "a version before 5.24: pip install 'transformers<5.24'"
     )
-
-# the attention of inference engines, which make the mask by themselves, and the modes that each of them can make
-ENGINES = {"vllm": ("causal", "prefix"), "sglang": ("causal",)}
 
 # what others read from `get_image_features`: on transformers 4 the features themselves, on 5 an output that holds them
 FEATURES_IN_OUTPUT = int(transformers.__version__.partition(".")[0]) >= 5
@@ -232,15 +230,12 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
             # transformers 4 would let sdpa leave out the soft-capping of Gemma 2
             language_model.set_attn_implementation("eager")
-        engine = text._attn_implementation
-        if engine in ENGINES and config.attention_mode not in ENGINES[engine]:
-            raise ValueError(
-                f"{engine} makes the attention mask by itself, and can make that of {' or '.join(ENGINES[engine])}, but "
-                f"this model's attention_mode is {config.attention_mode}; serve it with `prefixvlm serve`."
-            )
-        if engine in ENGINES and type(self) is PrefixVLMModel:
-            language_model.set_output_embeddings(nn.Identity())  # the engine has a head of its own
-            language_model._tied_weights_keys, language_model.all_tied_weights_keys = None, {}
+        engine = engine_of(text)
+        if engine is not None:
+            refuse_mode(engine, config.attention_mode)
+            if self.can_generate():
+                raise ValueError(f"{engine} attention is for {engine} alone, which loads the model by AutoModel; use sdpa.")
+            language_model = decoder_for(engine, language_model)
         self.vision_tower = build_tower(config) if vision_tower is None else vision_tower
         self.projector = PrefixVLMProjector(config)
         self.language_model = language_model
@@ -259,13 +254,18 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self):
-        return self.language_model.get_output_embeddings()
+        return None if self.engine else self.language_model.get_output_embeddings()  # an engine has its own
 
     def set_output_embeddings(self, value):
         self.language_model.set_output_embeddings(value)
 
+    @property
+    def engine(self) -> str | None:
+        """The inference engine whose attention the decoder uses, `vllm` or `sglang`; `None` for that of transformers."""
+        return engine_of(self.language_model.config)
+
     def get_decoder(self):
-        return self.language_model.get_decoder()
+        return self.language_model if self.engine == "sglang" else self.language_model.get_decoder()
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (I, C, H, W) to the encoder's patch features (I, G * G, width of the encoder), before any compression.
@@ -421,6 +421,9 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and vision_features is not None:
             raise ValueError("Pass at most one of `pixel_values` and `vision_features`.")
+        if self.engine is not None and pixel_values is None and vision_features is None:
+            # the features are embeddings already; whatever asked the device would break the engine's CUDA graphs
+            return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds, None, None
         is_placeholder = self._is_image(input_ids, inputs_embeds)
         is_image = is_placeholder if token_type_ids is None else token_type_ids.bool()
         if inputs_embeds is None:
@@ -501,7 +504,8 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
         Args:
             input_ids: (B, T), with P copies of `config.image_token_id` for each image.
             pixel_values: (I, C, H, W), the images in reading order.
-            attention_mask: (B, K), 0 at padding, on either side; or a 4D mask, used as is.
+            attention_mask: (B, K), 0 at padding, on either side; or a 4D mask, used as is. In an inference engine (see
+                engines_prefix_vlm.py), whose own attention knows what to mask, there must be none, and none is made.
             position_ids: (B, T); by default counted from the first token after padding, from 0 in each document. Where they
                 start again, a packed sample starts, as in padding-free batches of transformers and TRL.
             token_type_ids: (B, T), 1 at image positions; needed only if `inputs_embeds` already contains image features.
@@ -522,19 +526,17 @@ class PrefixVLMModel(PrefixVLMPreTrainedModel):
                     "use_cache=False, or set config.attention_mode = 'prefix'."
                 )
             use_cache = False
-        is_engine = self.language_model.config._attn_implementation in ENGINES
-        if is_engine and inputs_embeds is not None:
-            is_image = image_hidden_states = None  # the features are in the embeddings, perhaps a part of an image's
-        else:
-            inputs_embeds, is_image, image_hidden_states = self._embed(
-                input_ids, inputs_embeds, pixel_values, vision_features, token_type_ids
-            )
+        inputs_embeds, is_image, image_hidden_states = self._embed(
+            input_ids, inputs_embeds, pixel_values, vision_features, token_type_ids
+        )
 
         length = inputs_embeds.shape[1]
         cache_position = kwargs.get("cache_position")
         self._refuse_choice_of_features(kwargs)
-        if is_engine:
-            attention_mask = None
+        if self.engine is not None:
+            refuse_mode(self.engine, self.config.attention_mode)  # which may have been set since
+            if attention_mask is not None:
+                raise ValueError(f"{self.engine} attention would drop the attention_mask; leave it out.")
         elif not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
             if document_ids is None and is_empty(past_key_values):
                 document_ids = documents(length, position_ids, **kwargs)

@@ -137,7 +137,9 @@ class PrefixVLMProcessor(ProcessorMixin):
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """How many tokens images (height, width) take, and into how many pieces they are cut, as vLLM asks for it."""
-        count = len(image_sizes or [])
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     @property

@@ -2,11 +2,32 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from prefixvlm.inference.asking import caption_inputs, generate_texts, prompt_inputs
+from prefixvlm.inference.environment import choose_device
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.recipes.evaluation import Decoding
+
+
+def processes_and_device(name: str | None) -> tuple[PartialState, torch.device]:
+    """The processes of this run, and the device of this one.
+
+    Args:
+        name: of the device, as for `choose_device`.
+
+    Raises:
+        ValueError: for one device by its number, where several processes need one each.
+    """
+    device = choose_device(name)
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.num_processes == 1:
+        return processes, device
+    if device.index is not None:
+        raise ValueError(f"--device is {name}, but each of {processes.num_processes} processes needs its own.")
+    return processes, processes.device
 
 
 def answer(model, processor, questions: list[Conversation], show_progress: bool = True, **decoding) -> list[str]:

@@ -13,19 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
 from prefixvlm.inference.asking import generate_texts
-from prefixvlm.inference.environment import choose_device
 from prefixvlm.inference.int8 import quantize_int8
 from prefixvlm.inference.loading import load
 from prefixvlm.train.data.conversation import Conversation
 from prefixvlm.train.data.forms import FORMS
 from prefixvlm.train.data.pictures import PictureFinder
 from prefixvlm.train.data.rows import RowStream, read_rows
-from prefixvlm.train.evaluation.answering import prepared
+from prefixvlm.train.evaluation.answering import prepared, processes_and_device
 from prefixvlm.train.evaluation.kept_answers import KeptAnswers, identity_of_weights
 from prefixvlm.train.recipes.evaluation import CaptionRun
 
@@ -129,9 +127,8 @@ def run_captioning(run: CaptionRun) -> dict:
     pictures = _pictures(run)
     if not len(pictures):
         raise ValueError(f"{run.data} has no pictures.")
-    device = choose_device(run.device)
-    processes = PartialState(cpu=device.type == "cpu")
-    model, processor = load(run.model, run.dtype, device=device if processes.num_processes == 1 else processes.device)
+    processes, device = processes_and_device(run.device)
+    model, processor = load(run.model, run.dtype, device=device)
     if run.int8:
         quantize_int8(model)
     settings = run.model_dump(exclude={"output", "device", "batch_size"}) | {"pictures": len(pictures)}

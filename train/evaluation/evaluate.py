@@ -3,14 +3,12 @@
 import json
 from pathlib import Path
 
-from accelerate import PartialState
-
 from prefixvlm.configuration.writing import write_atomically
-from prefixvlm.inference.environment import choose_device
 from prefixvlm.inference.int8 import quantize_int8
 from prefixvlm.inference.loading import load
 from prefixvlm.inference.peers import is_peer, load_peer
 from prefixvlm.train.evaluation import paper_results
+from prefixvlm.train.evaluation.answering import processes_and_device
 from prefixvlm.train.evaluation.gallery import refuse_without_matplotlib, save_gallery
 from prefixvlm.train.evaluation.kept_answers import identity_of_weights
 from prefixvlm.train.evaluation.predictions import METRICS, PREDICTIONS, evaluate, read_predictions, scorer
@@ -36,11 +34,7 @@ def run_evaluation(run: EvaluationRun) -> dict:
     else:
         limit = None
     decoding = run.decoding(MAX_NEW_TOKENS[task.kind])
-    device = choose_device(run.device)
-    processes = PartialState(cpu=device.type == "cpu")
-    if processes.num_processes > 1 and run.device is not None and device.index is not None:
-        raise ValueError(f"--device is {run.device}, but each of {processes.num_processes} processes needs its own.")
-    device = device if processes.num_processes == 1 else processes.device
+    processes, device = processes_and_device(run.device)
     if is_peer(run.model):
         if run.int8:
             raise ValueError(f"--int8 is for a PrefixVLM, which {run.model} is not; leave it out.")

@@ -31,7 +31,7 @@ class Interruptions:
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.asked: int | None = None  # by which signal
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruptions":
@@ -54,6 +54,8 @@ class Interruptions:
             raise Interrupted(f"stopped {where}; the same command with --resume goes on from there.", self.asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked not in (None, number):
+            return  # what starts several processes makes a SIGTERM of each Ctrl-C, which the terminal has sent them, too
         if self.asked is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one must not cut off the end
             raise Interrupted("stopped; the same command with --resume goes on from the last checkpoint.", number)

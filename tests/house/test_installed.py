@@ -129,6 +129,7 @@ def running_site() -> Path:
     return Path(importlib.metadata.distribution("accelerate").locate_file("."))
 
 
+@pytest.mark.slow
 def test_a_type_checker_reads_the_types_of_the_installed_package(installed, tmp_path):
     script = tmp_path / "uses.py"
     script.write_text("from prefixvlm.train.recipes.checking import did_you_mean\nnumber: int = did_you_mean('a', ['b'])\n")

@@ -107,6 +107,7 @@ def test_a_branch_is_made_and_main_left_alone(hub, folder):
     assert "config.json" in hub.files(REPO, "v2")
 
 
+@pytest.mark.slow
 def test_a_change_is_proposed(hub, folder):
     done = push(hub, folder, "--create-pr")
     assert done.returncode == 0, done.stderr[-2000:]

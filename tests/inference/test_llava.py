@@ -20,7 +20,12 @@ def messages(number: int) -> list[dict]:
     return [*user_messages(pictures, "what?"), {"role": "assistant", "content": [{"type": "text", "text": "a box"}]}]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+FAST = ("CLIP and Llama", "SigLIP and Qwen", "a tokenizer that adds its first token")
+
+
+@pytest.fixture(
+    scope="module", params=[kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def pair(request, tmp_path_factory):
     """A LLaVA with its processor, and what `prefixvlm import` made of its folder."""
     folder = tmp_path_factory.mktemp("llava")

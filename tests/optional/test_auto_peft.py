@@ -8,6 +8,8 @@ from tiny import tiny_model, tiny_processor
 
 pytest.importorskip("peft", reason="peft is not installed; pip install peft")
 
+pytestmark = pytest.mark.slow
+
 # both in processes that do not have us, as people's own are
 MAKES = """
 import sys, torch

@@ -76,7 +76,7 @@ def trainer(kind: str, folder, output, **settings):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["DPO", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("KTO", "GRPO", "RLOO"))])
 def test_a_step_trains_the_code_of_the_folder_beside_a_frozen_copy(kind, folder, tmp_path):
     trains = trainer(kind, folder, tmp_path, trust_remote_code=True)
     encoded = []
@@ -89,6 +89,7 @@ def test_a_step_trains_the_code_of_the_folder_beside_a_frozen_copy(kind, folder,
     assert math.isfinite(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_trust_the_folder_is_not_opened(kind, folder, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
